@@ -42,7 +42,7 @@ def mark_spans(
         text = text[:position] + mark + text[position:]
     return text
 
-# %% ../nbs/01_tasks.ipynb #ca3cdbee
+# %% ../nbs/01_tasks.ipynb #142e9459
 @dataclass(frozen=True)
 class HubSource:
     "A data set of the Hugging Face hub, also the layout of a local folder: `glue/<config>/<split>.parquet`."
@@ -52,6 +52,13 @@ class HubSource:
     validation: str = "validation"  # public split that gives the validation set
     test: str | None = None  # public split that gives the test set; None: made from the others
     derive: Callable | None = None  # from a pandas frame of the hub's columns to one with the task's columns
+    halve: bool | None = None  # whether the public validation set is halved; None: when fewer than 10,000 training examples
+    revision: str | None = None  # commit of the data set; None: resolved at the first download
+
+    @property
+    def small(self) -> bool:
+        "Whether the public validation set is halved into validation and test (ATTEMPT, Asai et al. 2022; DePT)."
+        return self.published_train < 10_000 if self.halve is None else self.halve
 
     @property
     def folder(self) -> str:
@@ -74,13 +81,13 @@ def _number_questions(frame):
     "Take the number of the question out of the structured index."
     return frame.assign(question_id=[index["question"] for index in frame["idx"]])
 
-# %% ../nbs/01_tasks.ipynb #a3aff062
+# %% ../nbs/01_tasks.ipynb #a7aab131
 def _glue(config, train, **keywords):
-    return HubSource("nyu-mll/glue", config, train, **keywords)
+    return HubSource("nyu-mll/glue", config, train, revision="bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c", **keywords)
 
 
 def _super_glue(config, train, **keywords):
-    return HubSource("aps/super_glue", config, train, **keywords)
+    return HubSource("aps/super_glue", config, train, revision="3de24cf8022e94f4ee4b9d55a6f539891524d646", **keywords)
 
 # %% ../nbs/01_tasks.ipynb #6d28a8c4
 METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "exact_match")
@@ -289,12 +296,12 @@ _GLUE_TASKS = [
          hub=_glue("cola", 8_551)),
 ]
 
-# %% ../nbs/01_tasks.ipynb #de5058cc
+# %% ../nbs/01_tasks.ipynb #c375b780
 _SUPER_GLUE_TASKS = [
     Task("multirc", ("question", "answer", "paragraph"), ("False", "True"), ("f1", "exact_match"), **_NO_YES,
          question="{paragraph}\nQuestion: {question}\nProposed answer: {answer}\nIs this answer correct? Yes or no?\nAnswer:",
          uncut=("question", "answer"), may_be_empty=("answer",), group="question_id",
-         hub=_super_glue("multirc", 27_243, derive=_number_questions)),
+         hub=_super_glue("multirc", 27_243, halve=True, derive=_number_questions)),
     Task("boolq", ("question", "passage"), ("False", "True"), ("accuracy",), **_NO_YES,
          question="{passage}\nQuestion: {question}? Yes or no?\nAnswer:",
          uncut=("question",), hub=_super_glue("boolq", 9_427)),
