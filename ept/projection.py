@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .fusion import normalise, root_mean_square
 
-# %% ../nbs/12_projection.ipynb #9541a886
+# %% ../nbs/12_projection.ipynb #3476236e
 class MultiSpaceProjection(nn.Module):
     "A gated sum of low-rank maps of the prompt, `S` (our reading of multi-space projection in EPT)."
 
@@ -27,7 +27,7 @@ class MultiSpaceProjection(nn.Module):
         super().__init__()
         self.down = nn.Parameter(torch.randn(spaces, width, space_width, generator=generator) / math.sqrt(width))  # U, [K, d, k]
         self.up = nn.Parameter(torch.zeros(spaces, space_width, width))  # V, [K, k, d]
-        self.gate = nn.Parameter(torch.zeros(width, spaces - 1))  # W_g, [d, K-1]
+        self.gate = nn.Parameter(torch.zeros(width, spaces - 1)) if spaces > 1 else None  # W_g, [d, K-1]
 
     @staticmethod
     def size(
@@ -43,8 +43,9 @@ class MultiSpaceProjection(nn.Module):
         prompt: Tensor,  # P, [m, d]
     ) -> Tensor:  # G, [m, K]; rows sum to one
         "How much each space counts for each prompt token."
-        logits = normalise(prompt) @ self.gate
-        return torch.softmax(torch.cat([logits, logits.new_zeros(len(prompt), 1)], dim=-1), dim=-1)
+        fixed = prompt.new_zeros(len(prompt), 1)
+        logits = fixed if self.gate is None else torch.cat([normalise(prompt) @ self.gate, fixed], dim=-1)
+        return torch.softmax(logits, dim=-1)
 
     def forward(
         self,

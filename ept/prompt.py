@@ -110,7 +110,7 @@ def initial_prompt(
         rows = torch.tensor((text_ids * (-(-count // len(text_ids))))[:count])
     return vocabulary.detach()[rows.to(vocabulary.device)].float().cpu()
 
-# %% ../nbs/13_prompt.ipynb #1c65b07d
+# %% ../nbs/13_prompt.ipynb #985a10db
 class SoftPrompt(nn.Module):
     "A trainable prompt and offset: `P* = P + F + S` and `c*A@B` (our reading of EPT)."
 
@@ -123,7 +123,7 @@ class SoftPrompt(nn.Module):
         width = start.shape[1]
         self.config = config = config.resolve(width)
         generator = torch.Generator().manual_seed(config.seed + 1)
-        self.embeddings = nn.Parameter(start.clone().float())  # P, [m, d]
+        self.embeddings = nn.Parameter(start.clone().float(), requires_grad=len(start) > 0)  # P, [m, d]
         self.offset = LowRankOffset(config.max_length, config.rank, width, config.alpha, generator) if config.rank else None
         self.fusion = PromptFusion(width, config.fusion_width, generator) if config.fusion else None
         self.projection = MultiSpaceProjection(width, config.spaces, config.space_width, generator) if config.projection else None

@@ -1,0 +1,69 @@
+"""What the tests share: tiny backbones of both families with random weights, and a tokenizer that needs no download."""
+
+import os
+import random
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from ept.backbone import Backbone
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+WIDTH, VOCABULARY = 32, 320
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def tiny_t5():
+    torch.manual_seed(1)
+    config = T5Config(d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOCABULARY, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_llama():
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def tiny_gpt2():
+    torch.manual_seed(1)
+    config = GPT2Config(n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=256, bos_token_id=1, eos_token_id=1)
+    return GPT2LMHeadModel(config).eval()
+
+
+MODELS = {"t5": tiny_t5, "llama": tiny_llama, "gpt2": tiny_gpt2}
+
+
+def byte_tokenizer(eos):
+    """Bytes as tokens: every text can be told, whatever the vocabulary. `eos` appends an end token, as T5's does."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {c: i + 3 for i, c in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def tiny_backbone(kind):
+    model = MODELS[kind]()
+    return Backbone(model.requires_grad_(False), byte_tokenizer(eos=kind == "t5"), f"tiny-{kind}", "test")
+
+
+@pytest.fixture(params=list(MODELS))
+def backbone(request):
+    """A tiny backbone of every supported architecture."""
+    return tiny_backbone(request.param)
