@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SPLIT_SEED', 'SPLITS', 'subsample', 'few_shot', 'TaskData', 'load_task', 'Encoder']
 
-# %% ../nbs/03_data.ipynb #01c899c4
+# %% ../nbs/03_data.ipynb #b8fd7dca
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def _texts(task, frame, field, where):
                              f"remove the row or fill it in.{_ways(task)}")
     return texts
 
-# %% ../nbs/03_data.ipynb #d2f052a9
+# %% ../nbs/03_data.ipynb #42c8a864
 def _label(task, value):
     "The number of one label, or None if it is none; a float for regression."
     if task.regression:
@@ -65,12 +66,12 @@ def _label(task, value):
         except (TypeError, ValueError):
             return None
         return number if float(task.labels[0]) <= number <= float(task.labels[-1]) else None
-    if isinstance(value, (float, np.floating)) and value == np.round(value):
-        value = int(value)
-    text = str(value).strip()
+    text = re.sub(r"^([+-]?\d+)\.0+$", r"\1", str(value).strip())  # 1.0 is what pandas makes of 1 beside an empty cell
     if text in task.labels:
         return task.labels.index(text)
-    if all(label.lstrip("+-").isdigit() for label in task.labels) or not text.isdigit():
+    if isinstance(value, (bool, np.bool_)):
+        text = str(int(value))
+    if all(label.lstrip("+-").isdecimal() for label in task.labels) or not text.isdecimal():
         return None
     return int(text) if int(text) < len(task.labels) else None
 
@@ -221,27 +222,29 @@ def _from_embedded(task):
     train, validation, *test = (_from_hub(task, made[split], f"embedded {task.name}, {split}") for split in task.hub.splits)
     return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
 
-# %% ../nbs/03_data.ipynb #21b0c9c5
+# %% ../nbs/03_data.ipynb #3092f80e
 def _snapshot(task, revision):
     "The folder of a downloaded snapshot that holds the task's files; its name is the commit."
     hub = task.hub
+    places = (revision,) if revision else (hub.revision, "refs/convert/parquet")
     patterns = [f"{hub.config}/{split}{end}" for split in hub.splits for end in ("-*.parquet", "/*.parquet", ".parquet")]
-    for place in (revision, "refs/convert/parquet"):
+    failures = []
+    for place in places:
         try:
             folder = Path(snapshot_download(hub.repository, repo_type="dataset", revision=place, allow_patterns=patterns))
-        except Exception as error:  # the hub's client raises a dozen kinds, of four libraries
-            raise ConnectionError(
-                f"the data set {hub.repository} ({hub.config}) at revision {place or 'main'} cannot be had from the hub and is "
-                f"not in its cache: {type(error).__name__}: {str(error).splitlines()[0]}{_ways(task)}") from error
+        except Exception as error:  # of the hub's client and of whichever HTTP library it uses
+            failures.append(f"revision {place or 'main'}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
+            continue
         if all(_parquet_files(folder / hub.config, split) for split in hub.splits):
             return folder
-    raise FileNotFoundError(f"{hub.repository} has no parquet files for {hub.config} {list(hub.splits)}, neither at revision "
-                            f"{revision or 'main'} nor at refs/convert/parquet.{_ways(task)}")
+        failures.append(f"revision {place or 'main'}: no parquet files for {', '.join(hub.splits)}")
+    raise ConnectionError(f"the data set {hub.repository} ({hub.config}) cannot be had from the hub and is not in its cache; "
+                          f"{'; '.join(failures)}.{_ways(task)}")
 
 
 def _from_hub_snapshot(task, revision):
     "The public splits of a benchmark from the hub, and the commit they are from."
-    folder = _snapshot(task, revision or task.hub.revision)
+    folder = _snapshot(task, revision)
     train, validation, *test = (_read_split(task, folder / task.hub.config, split) for split in task.hub.splits)
     return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}, folder.name
 
@@ -322,7 +325,7 @@ class TaskData(DatasetDict):
     source: str = "tables"  # "embedded", "local", "hub" or "tables"
     revision: str | None = None  # commit of the hub's data set
 
-# %% ../nbs/03_data.ipynb #fd1fee60
+# %% ../nbs/03_data.ipynb #23f9c336
 def _to_dataset(task, frame):
     "A checked frame as a data set with typed columns."
     kinds = {field: Value("string") for field in task.fields}
@@ -337,7 +340,7 @@ def _to_dataset(task, frame):
 def _load_frames(task, source, folder, revision):
     "The given splits, whether the task is small, the name of the source and its commit."
     if not isinstance(source, str) or source not in ("embedded", "local", "hub"):
-        if isinstance(source, str) and not Path(source).suffix and not Path(source).exists():
+        if isinstance(source, str) and not Path(source).suffix and "/" not in source and not Path(source).exists():
             raise unknown("source", source, ("embedded", "local", "hub"))
         frames = _from_tables(task, source)
         return frames, len(frames["train"]) < 10_000, "tables", None
@@ -420,14 +423,14 @@ class Encoder:
             out["input_ids"] = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in out["input_ids"]]
         return out
 
-# %% ../nbs/03_data.ipynb #fc305b4d
+# %% ../nbs/03_data.ipynb #db3f67a1
 def _candidates(self):
     "Token ids of each label text as the model would produce them."
     if self.style == "fields":
         end = self.tokenizer.eos_token_id
         found = [ids if ids and ids[-1] == end else ids + [end] for ids in self._tokenize(list(self.label_texts))["input_ids"]]
     else:
-        cue = self.task.question[self.task.question.rindex("}") + 1 :]
+        cue = self.task.cue
         start = self._tokenize([cue])["input_ids"][0]
         both = self._tokenize([f"{cue} {label}" for label in self.label_texts])["input_ids"]
         if any(ids[: len(start)] != start for ids in both):
@@ -450,12 +453,13 @@ def _check_candidates(self, found):
 Encoder._candidates = _candidates
 del _candidates
 
-# %% ../nbs/03_data.ipynb #c0655a32
+# %% ../nbs/03_data.ipynb #8a36da0e
 def encode(
     self: Encoder,
-    rows: Dataset | pd.DataFrame | Sequence[Mapping],  # rows that hold the task's text fields
+    rows: Dataset | pd.DataFrame | Mapping | Sequence[Mapping],  # rows that hold the task's text fields; a mapping is of columns
 ) -> list[list[int]]:  # token ids of each text, at most `max_length` long
     "Token ids of the texts of rows, cut where they are too long."
+    rows = pd.DataFrame(rows) if isinstance(rows, Mapping) else rows
     rows = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else list(rows)
     if not rows:
         return []

@@ -94,7 +94,7 @@ METRICS = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman", "exa
 STYLES = ("fields", "question")
 VERBALIZERS = ("words", "digits")
 
-# %% ../nbs/01_tasks.ipynb #9de59ed1
+# %% ../nbs/01_tasks.ipynb #dd09faa8
 @dataclass(frozen=True)
 class Task:
     "A data set's fields and labels, how they become text, and the metrics that judge predictions."
@@ -126,6 +126,13 @@ class Task:
     def score(self) -> str:
         "The metric that is the task's score: the first one."
         return self.metrics[0]
+
+    @property
+    def cue(self) -> str:
+        "The end of the question, behind its last field: what the label word follows."
+        pieces = list(string.Formatter().parse(self.question))
+        last = max(i for i, piece in enumerate(pieces) if piece[1] is not None)
+        return "".join(piece[0] for piece in pieces[last + 1 :])
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -175,11 +182,14 @@ def _check(task):
             raise unknown("field", field, task.fields)
     _check_texts(task, here)
 
-# %% ../nbs/01_tasks.ipynb #813715e0
+# %% ../nbs/01_tasks.ipynb #5ad6faf5
 def _check_texts(task, here):
     "Refuse templates that forget a field, and label texts that cannot be told apart."
     for name in ("template", "question"):
-        used = [field for _, field, _, _ in string.Formatter().parse(getattr(task, name)) if field is not None]
+        try:
+            used = [field for _, field, _, _ in string.Formatter().parse(getattr(task, name)) if field is not None]
+        except ValueError as error:
+            raise ValueError(f"{here}: {name} is {getattr(task, name)!r}: {error}") from None
         if sorted(used) != sorted(task.fields):
             raise ValueError(f"{here}: {name} uses the fields {used}; it must use each of {list(task.fields)} once")
     if task.question != task.question.rstrip() or task.question.endswith("}"):
