@@ -37,7 +37,7 @@ def padding_last(
         return None
     return padded.int().argsort(dim=1, stable=True)
 
-# %% ../nbs/21_model.ipynb #99876906
+# %% ../nbs/21_model.ipynb #343bb856
 @dataclass
 class PromptedOutput(ModelOutput):
     "What `EPTModel` returns with a decoder-only backbone."
@@ -63,7 +63,7 @@ class EPTModel(nn.Module):
             text = tokenizer(config.initial_text, add_special_tokens=False).input_ids if tokenizer and config.initial_text else None
             prompt = SoftPrompt(config, initial_prompt(config, self._embeddings.weight, text))
         self.prompt = prompt.to(self._embeddings.weight.device)
-        self.config = getattr(prompt, "config", config)
+        self.prompt_config = getattr(prompt, "config", config)
         self.shared_prefix = True  # decoder-only: compute the prompt once a batch; exact, see below
 
     @property
@@ -254,7 +254,7 @@ def generate(
     embeddings, mask = _join(prompt, text, attention_mask)
     return self.backbone.generate(inputs_embeds=embeddings, attention_mask=mask, **options)
 
-# %% ../nbs/21_model.ipynb #ebc3c3ff
+# %% ../nbs/21_model.ipynb #692201c6
 @patch
 @torch.no_grad()
 def gate_weights(self: EPTModel) -> Tensor:  # G, [m, K]
@@ -268,7 +268,7 @@ def gate_weights(self: EPTModel) -> Tensor:  # G, [m, K]
 @torch.no_grad()
 def fold(self: EPTModel) -> "EPTModel":  # on the same backbone, with nothing to train
     "The same function with the modules gone: the prompt and the offset as constants."
-    return EPTModel(self.backbone, self.config, prompt=FoldedPrompt(*self.prompt()))
+    return EPTModel(self.backbone, self.prompt_config, prompt=FoldedPrompt(*self.prompt()))
 
 # %% ../nbs/21_model.ipynb #b176d08c
 @patch
@@ -281,7 +281,7 @@ def parameter_groups(self: EPTModel) -> dict[str, dict[str, nn.Parameter]]:
             groups[kind][name] = parameter
     return groups
 
-# %% ../nbs/21_model.ipynb #bf812a6c
+# %% ../nbs/21_model.ipynb #103fcfbd
 FORMAT_VERSION = 1
 
 
@@ -298,7 +298,7 @@ def save_pretrained(
         "type": "ept",
         "format_version": FORMAT_VERSION,
         "folded": self.folded,
-        "config": asdict(self.config),
+        "config": asdict(self.prompt_config),
         "backbone": {
             "name": getattr(backbone, "_name_or_path", ""),
             "family": self.family,
