@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SPLIT_SEED', 'SPLITS', 'subsample', 'few_shot', 'TaskData', 'load_task', 'Encoder']
 
-# %% ../nbs/03_data.ipynb #b8fd7dca
+# %% ../nbs/03_data.ipynb #b3730d51
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,7 @@ def _by_name(task, frame, features):
         return frame
     return frame.assign(label=[label.names[v] if 0 <= v < len(label.names) else v for v in frame["label"]])
 
-# %% ../nbs/03_data.ipynb #69cc4850
+# %% ../nbs/03_data.ipynb #5430daa9
 def _read_parquet(task, path):
     "A parquet file as a frame."
     try:
@@ -119,6 +120,12 @@ def _read_parquet(task, path):
         raise ValueError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); get the file anew.{_ways(task)}") from error
     features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else None
     return _by_name(task, table.to_pandas(), features)
+
+
+def _read_json(path, lines):
+    "The records of a JSON file: a list of them, or one a line."
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
 
 
 def _read_file(task, path):
@@ -134,7 +141,7 @@ def _read_file(task, path):
     try:
         if kind in (".csv", ".tsv"):
             return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False)
-        return pd.read_json(path, lines=kind == ".jsonl", dtype=False, convert_dates=False)
+        return pd.DataFrame(_read_json(path, kind == ".jsonl"))
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as {kind[1:]}: {error}") from error
 
@@ -142,7 +149,7 @@ def _read_file(task, path):
 SPLIT_SEED = 42  # of splits and subsamples, the same for every run
 SPLITS = ("train", "validation", "test")
 
-# %% ../nbs/03_data.ipynb #18ea9797
+# %% ../nbs/03_data.ipynb #cf7a7be2
 def _units(task, frame):
     "What is drawn as one, a number for each row: the group, or the row itself."
     return pd.factorize(frame[task.group])[0] if task.group else np.arange(len(frame))
@@ -151,7 +158,7 @@ def _units(task, frame):
 def _split_off(task, frame, rows):
     "About `rows` rows drawn at random, and the rest; whole groups, original order."
     units = _units(task, frame)
-    number = len(np.unique(units)) * rows // len(frame)
+    number = len(np.unique(units)) * rows // max(1, len(frame))
     order = np.random.RandomState(SPLIT_SEED).permutation(len(np.unique(units)))
     drawn = np.isin(units, order[:number])
     return frame[drawn].reset_index(drop=True), frame[~drawn].reset_index(drop=True)
