@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLIT_SEED', 'SPLITS', 'subsample', 'few_shot', 'TaskData', 'load_task', 'Encoder']
 
-# %% ../nbs/03_data.ipynb #b3730d51
+# %% ../nbs/03_data.ipynb #bcfdd9c1
 import json
 import logging
 import re
@@ -20,6 +20,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import snapshot_download
 
 from .settings import repository_root, unknown
+from .synthetic import make_task
 from .tasks import STYLES, Task, get_task
 
 _log = logging.getLogger(__name__)
@@ -209,7 +210,7 @@ def _from_hub(task, frame, where):
             raise ValueError(f"{where}: column {error.args[0]!r} is missing; the columns are {list(frame.columns)}.{_ways(task)}") from error
     return _checked(task, frame, where)
 
-# %% ../nbs/03_data.ipynb #30c1ebb1
+# %% ../nbs/03_data.ipynb #dfe72fa3
 def _from_folder(task, folder):
     "The public splits of a benchmark from a folder in the hub's layout."
     if not Path(folder).is_dir():
@@ -218,13 +219,13 @@ def _from_folder(task, folder):
     return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
 
 
-def _from_embedded(task):
-    "The public splits of an artificial benchmark: the repository's folder, else made in memory."
+def _from_embedded(task, folder):
+    "The public splits of an artificial benchmark: from its folder, else made in memory."
+    if folder is not None:
+        return _from_folder(task, folder)
     folder = repository_root() / "data"
     if (folder / task.hub.folder).is_dir():
         return _from_folder(task, folder)
-    from ept.synthetic import make_task
-
     made = make_task(task.name)
     train, validation, *test = (_from_hub(task, made[split], f"embedded {task.name}, {split}") for split in task.hub.splits)
     return {"train": train, "validation": validation, **({"test": test[0]} if test else {})}
@@ -332,7 +333,7 @@ class TaskData(DatasetDict):
     source: str = "tables"  # "embedded", "local", "hub" or "tables"
     revision: str | None = None  # commit of the hub's data set
 
-# %% ../nbs/03_data.ipynb #23f9c336
+# %% ../nbs/03_data.ipynb #67f8b3c1
 def _to_dataset(task, frame):
     "A checked frame as a data set with typed columns."
     kinds = {field: Value("string") for field in task.fields}
@@ -354,7 +355,7 @@ def _load_frames(task, source, folder, revision):
     if task.hub is None:
         raise ValueError(f"task {task.name!r} is not one of the benchmarks; it has no data in source {source!r}.{_ways(task)}")
     if source == "embedded":
-        frames = _from_embedded(task)
+        frames = _from_embedded(task, folder)
         return frames, len(frames["train"]) < 10_000, source, None
     if source == "hub":
         frames, commit = _from_hub_snapshot(task, revision)
@@ -363,11 +364,11 @@ def _load_frames(task, source, folder, revision):
         raise ValueError(f"source='local' needs folder=, where {task.hub.folder}/{task.hub.splits[0]}.parquet lies.{_ways(task)}")
     return _from_folder(task, folder), task.hub.small, source, None
 
-# %% ../nbs/03_data.ipynb #6c6c25d8
+# %% ../nbs/03_data.ipynb #78bbb8af
 def load_task(
     task: str | Task,  # a task or its name
     source: object = "embedded",  # "embedded", "local", "hub"; or a table, a file, a folder of files, or a dict of them by split
-    folder: str | Path | None = None,  # for "local": holds glue/<config>/<split>.parquet and super_glue/...
+    folder: str | Path | None = None,  # for "local": holds glue/<config>/<split>.parquet and super_glue/...; for "embedded": None is data/
     subsample: int | Mapping[str, int] | None = None,  # most rows a split, or by split; None is all
     shots: int | None = None,  # training examples a class; None is all
     shots_seed: int = 0,  # of the draw of `shots`; the run's seed

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from ept.data import SPLITS, Encoder, few_shot, load_task, subsample
 from ept.metrics import majority_score
+from ept.synthetic import write_datasets
 from ept.tasks import TASKS, HubSource, Task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -637,3 +638,46 @@ def test_real_texts_fit(kind, name, real):
     rows = real(name)["validation"].select(range(28))
     encoder = Encoder(name, tokenizer, style, longest)
     assert max(map(len, encoder.encode(rows))) <= longest
+
+
+# ---- the embedded sets
+
+
+@pytest.fixture(scope="module")
+def embedded_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone")
+    write_datasets(folder / "data")
+    for file in ("settings.ini", "params.yaml"):
+        (folder / file).write_text("")
+    return folder
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_embedded_sets_are_the_same_from_the_folder_and_from_memory(name, embedded_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = load_task(name)
+    assert load_task(name, "embedded", folder=embedded_folder / "data")["test"][:] == made["test"][:]
+    assert "there is no data folder elsewhere" in failure(lambda: load_task(name, "embedded", folder="elsewhere"))
+    monkeypatch.chdir(embedded_folder)
+    read = load_task(name)
+    task = TASKS[name]
+    assert made.source == "embedded" and tuple(made["train"].column_names) == task.columns
+    assert all(made[s][:] == read[s][:] for s in SPLITS)
+    assert min(len(made[s]) for s in SPLITS) >= 30
+    rows = [made[s].to_pandas() for s in SPLITS]
+    if task.hub.test is None:
+        assert abs(len(rows[1]) - len(rows[2])) <= (0 if not task.group else 12)
+    for frame in rows:
+        assert task.regression or set(frame["label"]) == set(range(len(task.labels)))
+    assert not set(map(tuple, rows[0][list(task.fields)].values)) & set(map(tuple, rows[2][list(task.fields)].values))
+
+
+def test_an_incomplete_folder_of_embedded_sets_names_the_file(embedded_folder, monkeypatch):
+    monkeypatch.chdir(embedded_folder)
+    file = embedded_folder / "data" / "glue" / "cola" / "validation.parquet"
+    content = file.read_bytes()
+    file.unlink()
+    try:
+        assert f"{file.with_suffix('')}.parquet" in failure(lambda: load_task("cola"))
+    finally:
+        file.write_bytes(content)
