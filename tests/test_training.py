@@ -1,0 +1,198 @@
+"""Training: learning rates, batches, resume, and what happens when it goes wrong."""
+
+import copy
+import json
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file
+
+from ept import training
+from ept.evaluation import evaluate
+from ept.methods import build_method
+from ept.model import EPTModel
+from ept.tasks import Task
+from ept.training import NonFiniteLoss, PromptTrainer, TrainingConfig, train
+from tests.conftest import tiny_backbone
+
+SIZES = dict(prompt_length=60, short_length=8, max_length=48, spaces=2, space_width=1, fusion_width=1)
+TASK = Task("colour", ("text",), ("no", "yes"), ("accuracy",))
+CONFIG = TrainingConfig(steps=8, batch_size=4, evaluate_every=2, learning_rate=0.1, pair_learning_rate=0.01, module_learning_rate=0.01)
+
+
+@pytest.fixture
+def data():
+    rows = [{"text": f"{w} {n}", "label": int(w == "red")} for n in range(8) for w in ("red", "blue")]
+    return DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation", "test")})
+
+
+@pytest.fixture
+def run(backbone, data, tmp_path):
+    return train(TASK, "ept", 0, backbone, data, tmp_path / "adapter", training=CONFIG, sizes=SIZES, progress=False)
+
+
+def test_each_learning_rate_reaches_the_parameters_it_names(backbone):
+    model = build_method("ept", backbone.model, **SIZES)
+    config = TrainingConfig(learning_rate=0.3, pair_learning_rate=0.02, module_learning_rate=0.001)
+    names = {id(p): n for n, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in training._optimizer_groups(model, config) for p in group["params"]}
+    assert rates == {
+        "prompt.embeddings": 0.3,
+        "prompt.offset.position_factors": 0.02,
+        "prompt.offset.embedding_factors": 0.02,
+        "prompt.fusion.query": 0.001,
+        "prompt.fusion.key": 0.001,
+        "prompt.fusion.strength": 0.001,
+        "prompt.projection.down": 0.001,
+        "prompt.projection.up": 0.001,
+        "prompt.projection.gate": 0.001,
+    }
+
+
+def test_a_rate_of_nearly_zero_leaves_its_group_alone(backbone, data, tmp_path):
+    config = TrainingConfig(steps=4, batch_size=4, evaluate_every=4, learning_rate=0.1, pair_learning_rate=1e-30, module_learning_rate=0.1)
+    before = build_method("ept", backbone.model, **SIZES).prompt.state_dict()
+    run = train(TASK, "ept", 0, backbone, data, tmp_path / "a", training=config, sizes=SIZES, progress=False)
+    after = load_file(run.adapter_dir / "adapter_model.safetensors")
+    moved = {name for name in after if not torch.allclose(before[name], after[name], rtol=0, atol=1e-12)}
+    assert not any(name.startswith("offset") for name in moved)
+    assert "embeddings" in moved and "projection.up" in moved
+
+
+def test_the_backbone_is_bit_identical_after_training(data, tmp_path):
+    backbone = tiny_backbone("t5")
+    before = copy.deepcopy(backbone.model.state_dict())
+    train(TASK, "ept", 0, backbone, data, tmp_path / "a", training=CONFIG, sizes=SIZES, progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in backbone.model.state_dict().items())
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+def test_a_run_is_whole_and_can_be_evaluated(run, backbone, data):
+    assert {p.name for p in run.adapter_dir.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "history.csv", "training.json"}
+    assert list(run.history.columns) == ["step", "loss", "score"]
+    assert run.history.score.max() == run.validation_score
+    assert not run.adapter_dir.with_name(".adapter-checkpoints").exists()
+    record = json.loads((run.adapter_dir / "training.json").read_text())
+    assert record["training"]["steps"] == 8 and record["chosen_step"] == run.chosen_step
+    evaluation = evaluate(run.adapter_dir, TASK, backbone, data, split="validation")
+    assert evaluation.metrics["accuracy"] == pytest.approx(run.validation_score)
+    assert evaluation.metrics["n"] == len(evaluation.predictions) == 16
+
+
+def test_the_chosen_step_is_the_best_on_validation(run, backbone, data):
+    scores = run.history.dropna(subset=["score"]).set_index("step").score
+    assert scores[run.chosen_step] == scores.max()
+
+
+def test_a_tiny_model_learns(data, tmp_path):
+    config = TrainingConfig(steps=60, batch_size=8, evaluate_every=20, learning_rate=0.5)
+    run = train(TASK, "pt", 0, tiny_backbone("llama"), data, tmp_path / "a", training=config, sizes=SIZES, progress=False)
+    assert run.history.loss.dropna().iloc[-1] < run.history.loss.dropna().iloc[0]
+
+
+class Stopped(Exception):
+    "Stands for a process that is killed."
+
+
+@pytest.mark.parametrize("stop_at", [3, 4, 7])
+def test_a_stopped_run_ends_with_the_same_bits(stop_at, backbone, data, tmp_path, monkeypatch):
+    options = dict(training=CONFIG, sizes=SIZES, progress=False)
+    whole = train(TASK, "ept", 0, backbone, data, tmp_path / "whole", **options)
+    steps, step = [], PromptTrainer.training_step
+
+    def stopping(self, *args, **keywords):
+        steps.append(self.state.global_step)
+        if len(steps) == stop_at:
+            raise Stopped
+        return step(self, *args, **keywords)
+
+    monkeypatch.setattr(PromptTrainer, "training_step", stopping)
+    with pytest.raises(Stopped):
+        train(TASK, "ept", 0, backbone, data, tmp_path / "stopped", **options)
+    assert not (tmp_path / "stopped").exists()
+    resumed = train(TASK, "ept", 0, backbone, data, tmp_path / "stopped", **options)
+    assert steps[stop_at] == (stop_at - 1) // 2 * 2, "the second run goes on from the last checkpoint"
+    for name in ("adapter_model.safetensors", "adapter_config.json", "training.json", "history.csv"):
+        assert (whole.adapter_dir / name).read_bytes() == (resumed.adapter_dir / name).read_bytes(), name
+
+
+def test_a_half_written_checkpoint_does_not_count(backbone, data, tmp_path):
+    options = dict(training=CONFIG, sizes=SIZES, progress=False)
+    whole = train(TASK, "pt", 0, backbone, data, tmp_path / "whole", **options)
+    broken = tmp_path / "checkpoints" / "checkpoint-6"
+    broken.mkdir(parents=True)
+    (broken / "adapter_model.safetensors").write_bytes(b"half")
+    again = train(TASK, "pt", 0, backbone, data, tmp_path / "again", tmp_path / "checkpoints", **options)
+    assert (whole.adapter_dir / "adapter_model.safetensors").read_bytes() == (again.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def test_checkpoints_of_another_configuration_are_not_continued(tmp_path):
+    folder = tmp_path / "checkpoints"
+    (folder / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoint-2" / "whole.json").write_text('{"seconds": 1.0}')
+    (folder / "run.json").write_text('{"steps": 8}')
+    assert training._last_checkpoint(folder, {"steps": 8}) == (str(folder / "checkpoint-2"), 1.0)
+    assert training._last_checkpoint(folder, {"steps": 9}) == (None, 0.0)
+    assert not (folder / "checkpoint-2").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
+    loss = PromptTrainer.compute_loss
+    count = []
+
+    def breaking(self, *args, **options):
+        count.append(1)
+        return loss(self, *args, **options) * (float("nan") if len(count) == 6 else 1)
+
+    monkeypatch.setattr(PromptTrainer, "compute_loss", breaking)
+    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 6; the last good checkpoint is kept"):
+        train(TASK, "pt", 0, tiny_backbone("t5"), data, tmp_path / "a", tmp_path / "c", training=CONFIG, sizes=SIZES, progress=False)
+    assert not (tmp_path / "a").exists()
+    assert (tmp_path / "c" / "checkpoint-4" / "whole.json").exists()
+    kept = EPTModel.from_pretrained(tiny_backbone("t5").model, tmp_path / "c" / "checkpoint-4")
+    assert all(torch.isfinite(p).all() for p in kept.prompt.parameters())
+
+
+def test_a_prompt_that_is_no_longer_finite_is_not_saved(data, tmp_path, monkeypatch):
+    step = PromptTrainer.training_step
+
+    def breaking(self, model, *args, **options):
+        result = step(self, model, *args, **options)
+        if self.state.global_step == 3:
+            model.prompt.embeddings.grad.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(PromptTrainer, "training_step", breaking)
+    with pytest.raises(NonFiniteLoss):
+        train(TASK, "pt", 0, tiny_backbone("t5"), data, tmp_path / "a", tmp_path / "c", training=CONFIG, sizes=SIZES, progress=False)
+    assert [p.name for p in sorted((tmp_path / "c").glob("checkpoint-*")) if (p / "whole.json").exists()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"steps": 0}, "steps is 0; it must be at least 1"), ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0")],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**changes)
+
+
+def test_names_are_checked_before_anything_trains(data, tmp_path):
+    with pytest.raises(ValueError, match="unknown method 'etp'; did you mean 'ept'?"):
+        train(TASK, "etp", 0, tiny_backbone("t5"), data, tmp_path / "a")
+    with pytest.raises(ValueError, match="unknown task 'qnl'; did you mean 'qnli'?"):
+        train("qnl", "ept", 0, tiny_backbone("t5"), data, tmp_path / "a")
+    with pytest.raises(ValueError, match="unknown parameter 'sizes.space'; did you mean 'spaces'?"):
+        train(TASK, "ept", 0, tiny_backbone("t5"), data, tmp_path / "a", sizes={"space": 4})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_library_serves_a_users_own_table(tmp_path):
+    from ept.data import load_task
+
+    frame = pd.DataFrame([{"text": f"{w} {n}", "label": w == "red" and "yes" or "no"} for n in range(20) for w in ("red", "blue")])
+    data = load_task(TASK, source=frame)
+    run = train(TASK, "dept", 1, tiny_backbone("t5"), data, tmp_path / "a", training=CONFIG, sizes=SIZES, progress=False)
+    assert evaluate(run.adapter_dir, TASK, tiny_backbone("t5"), data).metrics["n"] == len(data["test"])
