@@ -26,13 +26,14 @@ def batches_by_length(
         batches[-1].append(index)
     return batches
 
-# %% ../nbs/35_ranking.ipynb #980dc5d0
+# %% ../nbs/35_ranking.ipynb #4c7b9811
 def pad(
     rows: list[list[int]],  # token ids
     value: int,  # what fills the right end of shorter rows
+    multiple: int = 1,  # L is a multiple of this: fewer shapes, for which kernels have to be prepared
 ) -> Tensor:  # [B, L]
     "Rows of token ids as one tensor, padded on the right."
-    longest = max(map(len, rows))
+    longest = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 # %% ../nbs/35_ranking.ipynb #9b84ad37

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['SPLITS', 'write_rows', 'read_rows', 'known_revision', 'prepare', 'make_backbone', 'open_backbone', 'train_run']
 
-# %% ../nbs/51_stages.ipynb #463eed91
+# %% ../nbs/51_stages.ipynb #16ae09ce
 import dataclasses
+import json
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 
-from .profiles import Paths, Profile, RunPlan
+from .profiles import Paths, Profile, RunPlan, check
 from .settings import load_settings, write_json
 
 # %% ../nbs/51_stages.ipynb #34f70281
@@ -57,7 +58,7 @@ def known_revision(
     file = paths.record("origins", key)
     return json.loads(file.read_text()).get("revision") if file.exists() else None
 
-# %% ../nbs/51_stages.ipynb #e7135c7b
+# %% ../nbs/51_stages.ipynb #1b1fb242
 def prepare(
     profile: Profile,
     task: str,  # a task of the grid
@@ -66,7 +67,7 @@ def prepare(
     from ept.data import load_task
 
     settings, paths, revision = load_settings(), Paths(profile), None
-    source, folder = "local", paths.root / profile.data.depends
+    source, folder = "embedded", paths.root / profile.data.depends
     if profile.data.source == "benchmark":
         source, folder = settings.data_source, None
         if source == "hub":
@@ -81,12 +82,12 @@ def prepare(
         write_json(paths.record("origins", task), {"source": source, "revision": data.revision})
     return shares
 
-# %% ../nbs/51_stages.ipynb #55ae7e14
+# %% ../nbs/51_stages.ipynb #db6d8b1e
 def make_backbone(
     profile: Profile,
 ) -> "Backbone":  # as a run will load it
     "Train or fetch the backbone of a profile."
-    choice, paths = profile.backbone, Paths(profile)
+    choice, paths = check(profile).backbone, Paths(profile)
     if choice.name == "embedded":
         from ept.pretraining import PretrainingConfig, pretrain
         from ept.settings import from_dict
@@ -119,14 +120,14 @@ def open_backbone(
     backbone.model.config._name_or_path = name  # an adapter shall not remember a folder of this machine
     return dataclasses.replace(backbone, name=name)
 
-# %% ../nbs/51_stages.ipynb #57813a59
+# %% ../nbs/51_stages.ipynb #1cdfa9d9
 def train_run(
     plan: RunPlan,
 ) -> "Run":  # adapter folder, history, cost
     "Train one run of the grid and write its adapter and its cost."
     from ept.training import train
 
-    paths, (training, sizes) = Paths(plan.profile), plan.resolve()
+    paths, (training, sizes) = Paths(check(plan.profile)), plan.resolve()
     run = train(
         plan.task, plan.method, plan.seed, open_backbone(plan.profile), read_rows(paths.data(plan.task)),
         output_dir=paths.adapter(plan.key), checkpoint_dir=paths.checkpoint(plan.key),

@@ -82,23 +82,23 @@ def plan_batches(
         plan += [batches[i] for i in shuffled(len(batches))]
     return plan[:steps]
 
-# %% ../nbs/40_training.ipynb #2b1da372
+# %% ../nbs/40_training.ipynb #1ca01753
 def collate(
     texts: list[list[int]],  # token ids
     targets: list[list[int]],  # token ids of the right labels
     family: str,  # "encoder-decoder" or "decoder-only"
     pad_id: int,
 ) -> dict[str, torch.Tensor]:  # input_ids, attention_mask, labels
-    "One training batch, padded to its longest member."
+    "One training batch, its length the next multiple of 8."
     if family == "decoder-only":
         rows = [text + target for text, target in zip(texts, targets)]
         labels = [[-100] * len(text) + target for text, target in zip(texts, targets)]
     else:
         rows, labels = texts, targets
     return {
-        "input_ids": pad(rows, pad_id),
-        "attention_mask": pad([[1] * len(row) for row in rows], 0),
-        "labels": pad(labels, -100),
+        "input_ids": pad(rows, pad_id, 8),
+        "attention_mask": pad([[1] * len(row) for row in rows], 0, 8),
+        "labels": pad(labels, -100, 8 if family == "decoder-only" else 1),
     }
 
 # %% ../nbs/40_training.ipynb #c894de1a
