@@ -1,7 +1,9 @@
 """Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile embedded --jobs 2`.
 
-`dvc repro` does the same, one stage after another. Here the tasks are shared out among several `dvc repro` processes, which
-wait for each other's lock; an ordinary `dvc repro` at the end finishes what is left and confirms that nothing is missing.
+`dvc repro` does the same, one stage after another. Here the tasks are shared out among several processes, each with an
+explicit list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the backbone
+would collide), waiting for each other's lock on the repository. An ordinary `dvc repro` at the end finishes what is left and
+confirms that nothing is missing.
 """
 
 import argparse
@@ -22,10 +24,13 @@ def profiles():
 
 
 def targets(file, tasks, values):
-    "The stages of some tasks."
-    grid = values["grid"]
-    names = [f"{t}-{m}-{s}" for t in tasks for m in grid["methods"] for s in grid["seeds"]]
-    return [f"{file}:evaluate@{name}" for name in names]
+    "The stages of some tasks, in an order in which they can run."
+    grid, stages = values["grid"], []
+    for task in tasks:
+        stages.append(f"{file}:prepare@{task}")
+        for name in [f"{task}-{m}-{s}" for m in grid["methods"] for s in grid["seeds"]]:
+            stages += [f"{file}:train@{name}", f"{file}:evaluate@{name}"]
+    return stages
 
 
 def main(arguments=None):
@@ -55,11 +60,11 @@ def main(arguments=None):
             return failed
         environment.setdefault("EPT_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
         environment.setdefault("OMP_NUM_THREADS", environment["EPT_THREADS"])
-        command = [*DVC, "repro", "--keep-going"]
         parts = [targets(file, tasks[i::jobs], values) for i in range(jobs)]
-        running = [subprocess.Popen([*command, *part], cwd=ROOT, env=environment) for part in parts]
-        if any([process.wait() for process in running]):
-            return 1
+        running = [subprocess.Popen([*DVC, "repro", "--single-item", *part], cwd=ROOT, env=environment) for part in parts]
+        failed = [process.wait() for process in running]
+        if any(failed):
+            print("a job has failed, see above; an ordinary pass finishes the rest:", file=sys.stderr, flush=True)
     return dvc("repro", file)
 
 
