@@ -10,6 +10,8 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -31,6 +33,24 @@ def targets(file, tasks, values):
         for name in [f"{task}-{m}-{s}" for m in grid["methods"] for s in grid["seeds"]]:
             stages += [f"{file}:train@{name}", f"{file}:evaluate@{name}"]
     return stages
+
+
+@contextmanager
+def warm(environment):
+    "Keep a process with the big libraries imported while the grid runs, where the system can do that."
+    if not hasattr(os, "fork"):
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="ept-") as folder:
+        address = str(Path(folder) / "warm")
+        command = [sys.executable, str(Path(__file__).with_name("warm.py")), address]
+        with subprocess.Popen(command, cwd=ROOT, env=dict(environment), stdin=subprocess.PIPE) as process:
+            environment["EPT_WARM"] = address
+            try:
+                yield
+            finally:
+                del environment["EPT_WARM"]
+                process.stdin.close()
 
 
 def main(arguments=None):
@@ -55,17 +75,18 @@ def main(arguments=None):
             return failed
     tasks = values["grid"]["tasks"]
     jobs = max(1, min(chosen.jobs, len(tasks)))
-    if jobs > 1:
-        if failed := dvc("repro", f"{file}:backbone"):
-            return failed
-        environment.setdefault("EPT_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-        environment.setdefault("OMP_NUM_THREADS", environment["EPT_THREADS"])
+    if jobs == 1:
+        return dvc("repro", file)
+    if failed := dvc("repro", f"{file}:backbone"):
+        return failed
+    environment.setdefault("EPT_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+    environment.setdefault("OMP_NUM_THREADS", environment["EPT_THREADS"])
+    with warm(environment):
         parts = [targets(file, tasks[i::jobs], values) for i in range(jobs)]
         running = [subprocess.Popen([*DVC, "repro", "--single-item", *part], cwd=ROOT, env=environment) for part in parts]
-        failed = [process.wait() for process in running]
-        if any(failed):
+        if any([process.wait() for process in running]):
             print("a job has failed, see above; an ordinary pass finishes the rest:", file=sys.stderr, flush=True)
-    return dvc("repro", file)
+        return dvc("repro", file)
 
 
 if __name__ == "__main__":

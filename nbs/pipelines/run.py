@@ -1,7 +1,8 @@
 """Run one notebook of the pipeline: `python nbs/pipelines/run.py train --task cola --method ept --seed 0`.
 
-papermill puts the parameters into the notebook; the cells are executed here, in this process, so that no kernel has to be
-started for each of the grid's stages. The executed notebook is kept under `runs/<profile>/notebooks/`, as a report for people.
+papermill puts the parameters into the notebook; the cells are executed in this process (see engine.py), so that no kernel has
+to be started for each of the grid's stages. The executed notebook is kept under `runs/<profile>/notebooks/`, as a report for
+people. `make reproduce` also keeps a process warm that has the big libraries imported, see warm.py; then the work is done there.
 """
 
 import os
@@ -11,131 +12,15 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # the modules that DVC watches are the ones that run
-sys.modules.setdefault("rfc3987_syntax", None)  # optional for jsonschema, unused here, and 0.7 s to import
-os.environ.setdefault("MPLBACKEND", "agg")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import nbformat  # noqa: E402
-import yaml  # noqa: E402
-from IPython.core.displayhook import DisplayHook  # noqa: E402
-from IPython.core.displaypub import DisplayPublisher  # noqa: E402
-from IPython.core.interactiveshell import InteractiveShell  # noqa: E402
-from papermill.engines import Engine, papermill_engines  # noqa: E402
-from papermill.exceptions import PapermillExecutionError  # noqa: E402
-from papermill.execute import execute_notebook  # noqa: E402
-from papermill.inspection import inspect_notebook  # noqa: E402
-from traitlets.config import Config  # noqa: E402
-
-from ept.settings import unknown  # noqa: E402
-
 STAGES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.ipynb")))
 
 
-class _Hook(DisplayHook):
-    "Keeps the value of a cell's last line."
-
-    def write_output_prompt(self):
-        pass
-
-    def write_format_data(self, data, metadata=None):
-        output = nbformat.v4.new_output("execute_result", data, metadata=metadata or {}, execution_count=self.prompt_count)
-        self.shell.outputs.append(output)
-
-    def log_output(self, data):
-        pass
-
-
-class _Publisher(DisplayPublisher):
-    "Keeps what a cell displays."
-
-    def publish(self, data, metadata=None, **_):
-        self.shell.outputs.append(nbformat.v4.new_output("display_data", data, metadata=metadata or {}))
-
-
-class _Shell(InteractiveShell):
-    "IPython that collects a cell's outputs in notebook form."
-
-    displayhook_class, display_pub_class = _Hook, _Publisher
-
-    def __init__(self, **keywords):
-        self.outputs = []
-        super().__init__(**keywords)
-        svg = self.display_formatter.formatters["image/svg+xml"]
-        svg.for_type_by_name("matplotlib.figure", "Figure", _figure)
-
-    def init_history(self):
-        super().init_history()
-        self.history_manager.enabled = False
-
-    def _showtraceback(self, etype, evalue, stb):
-        lines = [str(line) for line in stb]
-        self.outputs.append(nbformat.v4.new_output("error", ename=etype.__name__, evalue=str(evalue), traceback=lines))
-
-
-def _figure(figure):
-    "A matplotlib figure as SVG."
-    import io
-
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
-    return buffer.getvalue()
-
-
-class _Tee:
-    "A stream that shows what is written to it, and keeps it for the notebook as a terminal would look in the end."
-
-    def __init__(self, stream, name, outputs):
-        self.stream, self.name, self.outputs, self.text = stream, name, outputs, ""
-
-    def write(self, text):
-        self.text += text
-        return self.stream.write(text)
-
-    def flush(self):
-        self.stream.flush()
-
-    def close_output(self):
-        lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in self.text.split("\n")]
-        if text := re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", "\n".join(lines)):
-            self.outputs.insert(0, nbformat.v4.new_output("stream", name=self.name, text=text))
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
-class InProcess(Engine):
-    "A papermill engine that executes the cells in this process."
-
-    @classmethod
-    def execute_managed_notebook(cls, manager, kernel_name, **_):
-        shell = _Shell.instance(config=Config(HistoryManager={"hist_file": ":memory:"}))
-        for number, cell in enumerate(manager.nb.cells):
-            manager.cell_start(cell, number)
-            if cell.cell_type == "code" and not cls.execute_cell(shell, cell):
-                manager.cell_exception(cell, number)
-                manager.cell_complete(cell, number)
-                break
-            manager.cell_complete(cell, number)
-
-    @staticmethod
-    def execute_cell(shell, cell):
-        "Run one cell; whether it went well."
-        shell.outputs = outputs = []
-        streams = [_Tee(sys.stdout, "stdout", outputs), _Tee(sys.stderr, "stderr", outputs)]
-        kept = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = streams
-        try:
-            result = shell.run_cell(cell.source, store_history=True)
-        finally:
-            sys.stdout, sys.stderr = kept
-            for stream in streams:
-                stream.close_output()
-        cell.outputs, cell.execution_count = list(outputs), shell.execution_count - 1
-        return result.success
-
-
-papermill_engines.register("in-process", InProcess)
+def prepare_process():
+    "Settings of a process that executes notebooks."
+    sys.path.insert(0, str(ROOT))  # the modules that DVC watches are the ones that run
+    sys.modules.setdefault("rfc3987_syntax", None)  # optional for jsonschema, unused here, and 0.7 s to import
+    os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def usage(stage=None):
@@ -150,11 +35,17 @@ def usage(stage=None):
 
 def known_parameters(stage):
     "The parameters cell of a stage's notebook, by name."
+    from papermill.inspection import inspect_notebook
+
     return inspect_notebook(str(Path(__file__).with_name(f"{stage}.ipynb")))
 
 
 def parse(arguments):
     "The stage and its parameters; `ValueError` for a name the notebook does not have."
+    import yaml
+
+    from ept.settings import unknown
+
     stage, *rest = arguments
     if stage not in STAGES:
         raise unknown("stage", stage, STAGES)
@@ -174,6 +65,12 @@ def parse(arguments):
 
 def run(stage, values):
     "Execute a stage's notebook with these parameters; the path of the executed notebook."
+    import engine  # noqa: F401, registers itself
+    import yaml
+    from papermill.execute import execute_notebook
+
+    from ept.settings import unknown
+
     known = {name: yaml.safe_load(parameter["default"]) for name, parameter in known_parameters(stage).items()}
     used = {**known, **values}
     file = ROOT / used["profile_file"]
@@ -204,6 +101,8 @@ def main(arguments):
         stage = next((a for a in arguments if a in STAGES), None)
         print(usage(stage))
         return 0 if arguments else 2
+    from papermill.exceptions import PapermillExecutionError
+
     start = time.perf_counter()
     try:
         stage, values = parse(arguments)
@@ -221,4 +120,10 @@ def main(arguments):
 
 if __name__ == "__main__":
     os.chdir(ROOT)
+    if address := os.environ.get("EPT_WARM"):
+        from warm import ask
+
+        if (status := ask(address, sys.argv[1:])) is not None:
+            sys.exit(status)
+    prepare_process()
     sys.exit(main(sys.argv[1:]))
