@@ -69,14 +69,12 @@ def run(stage, values):
     import yaml
     from papermill.execute import execute_notebook
 
-    from ept.settings import unknown
-
     known = {name: yaml.safe_load(parameter["default"]) for name, parameter in known_parameters(stage).items()}
     used = {**known, **values}
     file = ROOT / used["profile_file"]
     if not file.exists():
         there = ["params.yaml", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("profiles/*/params.yaml"))]
-        raise unknown("parameter file", used["profile_file"], there)
+        raise FileNotFoundError(f"no parameter file {used['profile_file']!r}; there are: {', '.join(there)}")
     profile = yaml.safe_load(file.read_text())["profile"]
     key = "-".join(str(used[name]) for name in ("task", "method", "seed") if name in used)
     target = ROOT / "runs" / profile / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
@@ -84,15 +82,28 @@ def run(stage, values):
         target = ROOT / "results" / profile / "report" / "report.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial.ipynb")
+    source = Path("nbs") / "pipelines" / f"{stage}.ipynb"
     try:
         execute_notebook(
-            str(Path(__file__).with_name(f"{stage}.ipynb")), str(partial), parameters=values, engine_name="in-process",
-            progress_bar=False, cwd=str(ROOT), autosave_cell_every=0,
-        )
+            str(source), str(partial.relative_to(ROOT)), parameters=values, engine_name="in-process",
+            progress_bar=False, autosave_cell_every=0,
+        )  # fmt: skip
     finally:
         if partial.exists():
+            if stage == "report":
+                forget_times(partial)
             os.replace(partial, target)
     return target
+
+
+def forget_times(notebook):
+    "Take papermill's times and paths out of a notebook that is kept in git."
+    import json
+
+    values = json.loads(notebook.read_text())
+    for part in (values, *values["cells"]):
+        part["metadata"].pop("papermill", None)
+    notebook.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(arguments):
