@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status test test-slow check export notebooks clean
+.PHONY: help install smollm2-weights reproduce status test test-quick export notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,11 +35,12 @@ reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),smollm2-weights)  ## the w
 status: $(READY)  ## what `make reproduce` would do, and why
 	$(BIN)/dvc status $(if $(filter embedded,$(PROFILE)),,profiles/$(PROFILE)/dvc.yaml)
 
-test: $(READY)  ## notebooks and tests, without the slow ones
+test: $(READY)  ## every notebook of the library, then every test
+	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2
 	$(BIN)/python -m pytest
 
-test-slow: $(READY)  ## the slow tests alone
-	$(BIN)/python -m pytest -m slow
+test-quick: $(READY)  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
 
 export: $(READY)  ## notebooks -> ept/, and notebooks without outputs
 	$(BIN)/nbdev-clean
