@@ -6,6 +6,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'ept.backbone.Backbone.family': ('backbone.html#backbone.family', 'ept/backbone.py'),
                               'ept.backbone.Backbone.style': ('backbone.html#backbone.style', 'ept/backbone.py'),
                               'ept.backbone.BackboneSource': ('backbone.html#backbonesource', 'ept/backbone.py'),
+                              'ept.backbone._commit': ('backbone.html#_commit', 'ept/backbone.py'),
                               'ept.backbone._from_gguf': ('backbone.html#_from_gguf', 'ept/backbone.py'),
                               'ept.backbone._from_hub': ('backbone.html#_from_hub', 'ept/backbone.py'),
                               'ept.backbone._locate': ('backbone.html#_locate', 'ept/backbone.py'),

@@ -6,7 +6,7 @@
 __all__ = ['LARGE', 'SOURCES', 'family_of', 'fingerprint', 'Backbone', 'resolve_device', 'resolve_precision', 'BackboneSource',
            'materialise', 'load_backbone']
 
-# %% ../nbs/20_backbone.ipynb #e2e1c92d
+# %% ../nbs/20_backbone.ipynb #f24401f4
 import hashlib
 import importlib.util
 import json
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .settings import repository_root, unknown, write_json
@@ -137,7 +137,7 @@ def _from_gguf(source, folder):
     AutoTokenizer.from_pretrained(origin, gguf_file=source.file).save_pretrained(folder)
     return source.requirement
 
-# %% ../nbs/20_backbone.ipynb #ab003379
+# %% ../nbs/20_backbone.ipynb #794479aa
 def _from_hub(source, folder):
     "Download a hub model at one commit into a folder; return the commit."
     try:
@@ -145,15 +145,16 @@ def _from_hub(source, folder):
         auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(source.hub, revision=revision).is_encoder_decoder else AutoModelForCausalLM
         auto.from_pretrained(source.hub, revision=revision, dtype=torch.float32).save_pretrained(folder)
         AutoTokenizer.from_pretrained(source.hub, revision=revision).save_pretrained(folder)
-    except (OSError, ConnectionError) as error:
-        raise _unreachable(source.hub) from error
+    except Exception as error:  # of the hub's client and of whichever HTTP library it uses
+        raise _unreachable(source.hub, error) from error
     return revision
 
 
-def _unreachable(name):
-    "The error for a hub model that can neither be downloaded nor found in the cache."
+def _unreachable(name, error):
+    "The error for a model that can neither be downloaded nor found in the cache."
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return FileNotFoundError(
-        f"backbone {name!r} is neither a folder nor in the hub's cache, and the hub did not deliver it;"
+        f"backbone {name!r} is neither a readable folder nor in the hub's cache, and the hub did not deliver it ({reason});"
         " check the name and the network, set HF_HOME to a filled cache, or pass a local folder"
         f" (known names: {', '.join(SOURCES)})"
     )
@@ -201,7 +202,15 @@ def _locate(name, revision):
         return str(cache if cache.is_dir() else materialise(name, cache)), name, source.requirement
     return (source.hub if source else name), name, revision or (source.revision if source else None)
 
-# %% ../nbs/20_backbone.ipynb #6f91937a
+# %% ../nbs/20_backbone.ipynb #9abdc3e2
+def _commit(location):
+    "The commit of a hub model in the cache; None for a folder."
+    if Path(location).is_dir():
+        return None
+    cached = try_to_load_from_cache(location, "config.json")
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+# %% ../nbs/20_backbone.ipynb #fc0ab1b5
 def load_backbone(
     name: str,  # hub id, local folder, "embedded", or a name of `SOURCES`
     device: str = "auto",  # see `resolve_device`
@@ -215,13 +224,12 @@ def load_backbone(
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = auto.from_pretrained(location, revision=revision, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
-    except (OSError, ConnectionError) as error:
-        raise _unreachable(name) from error
+    except Exception as error:  # of the hub's client and of whichever HTTP library it uses
+        raise _unreachable(name, error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = resolve_device(device)
     if device.type == "cpu":  # the backward pass of fused attention is slow on CPUs
         model.set_attn_implementation("eager")
     model = model.to(device, resolve_precision(precision, device, model.num_parameters()))
-    commit = revision or getattr(model.config, "_commit_hash", None)
-    return Backbone(model.eval().requires_grad_(False), tokenizer, label, commit)
+    return Backbone(model.eval().requires_grad_(False), tokenizer, label, revision or _commit(location))

