@@ -153,6 +153,11 @@ def test_a_stage_watches_no_more_than_it_needs():
     assert parameters["evaluate"] == []
 
 
+def test_dvc_pull_has_only_the_data_to_bring():
+    for stage, body in GRID.items():
+        assert all(isinstance(out, dict) and next(iter(out.values())) == {"cache": False} for out in body["outs"]), stage
+
+
 def test_no_result_depends_on_costs_notebooks_or_settings():
     for stage, body in GRID.items():
         for dependency in body["deps"]:
