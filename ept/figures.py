@@ -6,13 +6,14 @@
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'STYLE', 'PAGE', 'FIGURES', 'look', 'to_svg', 'plot_scores', 'plot_curves',
            'plot_gates', 'plot_time', 'write_report']
 
-# %% ../nbs/61_figures.ipynb #0abc3458
+# %% ../nbs/61_figures.ipynb #3a92729c
 import html
 import io
 import math
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.colors
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -50,7 +51,7 @@ def to_svg(
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
-# %% ../nbs/61_figures.ipynb #a5988c18
+# %% ../nbs/61_figures.ipynb #0f8ca5c5
 def plot_scores(
     table: ScoreTable,
 ) -> Figure:
@@ -68,18 +69,19 @@ def plot_scores(
             low, high = (cells["score"] - cells["low"]).fillna(cells["spread"].fillna(0)), (cells["high"] - cells["score"]).fillna(cells["spread"].fillna(0))
             axes.errorbar(cells["score"], y, xerr=[low.clip(lower=0), high.clip(lower=0)], fmt=looks[method]["marker"], color=looks[method]["color"],
                           elinewidth=0.9, markersize=5, label=method)
-        axes.set_yticks(range(len(table.tasks)), [f"{t} ({_metric(table, t)})" for t in table.tasks])
+        axes.set_yticks(range(len(table.tasks)), [_title(table, t) for t in table.tasks])
         axes.invert_yaxis()
         axes.set_xlabel("test score, percent (correlations x 100), with 95 % interval" if len(table.profile.grid.seeds) == 1 else "test score, percent, mean ± standard deviation")
         figure.legend(loc="outside upper center", ncols=count + 1)
     return figure
 
 
-def _metric(table, task):
+def _title(table, task):
+    "A task and, once it is known, its metric."
     names = table.cells[table.cells["task"] == task]["metric"].dropna()
-    return names.iloc[0] if len(names) else ""
+    return f"{task} ({names.iloc[0]})" if len(names) else task
 
-# %% ../nbs/61_figures.ipynb #576928a5
+# %% ../nbs/61_figures.ipynb #64ebae1b
 def plot_curves(
     table: ScoreTable,
     columns: int = 4,
@@ -93,9 +95,14 @@ def plot_curves(
             panel.set_visible(False)
         shown = set()
         for panel, task in zip(panels, table.tasks):
-            panel.set_title(f"{task} ({_metric(table, task)})")
+            panel.set_title(_title(table, task))
+            drawn = set()
             for run in table.runs[table.runs["task"] == task].dropna(subset="score").to_dict("records"):
-                shown |= _curve(panel, run, looks[run["method"]], len(table.profile.grid.seeds))
+                drawn |= _curve(panel, run, looks[run["method"]], len(table.profile.grid.seeds))
+            if not drawn:
+                panel.set_yticks([])
+                panel.text(0.5, 0.5, "no run yet", transform=panel.transAxes, ha="center", va="center", color="#888888")
+            shown |= drawn
         for panel in panels[max(0, len(table.tasks) - columns) : len(table.tasks)]:
             panel.tick_params(labelbottom=True)
         figure.supxlabel("steps", fontsize=9)
@@ -115,7 +122,7 @@ def _curve(panel, run, style, seeds):
     panel.plot(kept["step"], kept["score"], color=style["color"], marker=style["marker"], linestyle="")
     return {run["method"]}
 
-# %% ../nbs/61_figures.ipynb #2e25eacc
+# %% ../nbs/61_figures.ipynb #c95c90d3
 def plot_gates(
     table: ScoreTable,
     method: str = "ept",
@@ -126,22 +133,24 @@ def plot_gates(
     if not gates:
         return None
     tokens, spaces = max(g.shape[0] for g in gates.values()), max(g.shape[1] for g in gates.values())
-    reach = max(np.abs(g - 1 / g.shape[1]).max() for g in gates.values())
+    low, high = (extreme([extreme(g) for g in gates.values()]) for extreme in (np.min, np.max))
+    middle = 1 / spaces
+    norm = mpl.colors.TwoSlopeNorm(middle, min(low, middle - 0.01), max(high, middle + 0.01))
     with mpl.rc_context({**STYLE, "axes.grid": False}):
         figure = Figure(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
         panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True).ravel()
         for panel, (task, weights) in zip(panels, gates.items()):
-            image = panel.imshow(weights.T - 1 / weights.shape[1], aspect="auto", cmap="PuOr_r", vmin=-reach, vmax=reach, interpolation="nearest")
+            image = panel.imshow(weights.T, aspect="auto", cmap="PuOr_r", norm=norm, interpolation="nearest")
             panel.set_yticks([(weights.shape[1] - 1) / 2], [task])
             panel.tick_params(length=0, labelbottom=panel is panels[-1])
             panel.set_xlim(-0.5, tokens - 0.5)
         panels[-1].set_xlabel(f"prompt token; the {spaces} rows of a strip are the spaces")
         bar = figure.colorbar(image, ax=list(panels), aspect=40, pad=0.02)
-        bar.set_ticks([-reach, 0, reach], labels=[f"{max(0, 1 / spaces - reach):.2f}", f"{1 / spaces:.2f}", f"{1 / spaces + reach:.2f}"])
+        bar.set_ticks([norm.vmin, middle, norm.vmax], labels=[f"{v:.2f}" for v in (norm.vmin, middle, norm.vmax)])
         bar.set_label("weight of a space")
     return figure
 
-# %% ../nbs/61_figures.ipynb #81a3b2ad
+# %% ../nbs/61_figures.ipynb #e1bf35fe
 def plot_time(
     table: ScoreTable,
 ) -> Figure:
@@ -155,17 +164,19 @@ def plot_time(
             line = line.sort_values("train_seconds")
             axes.plot(line["train_seconds"], line["score"], color="#bbbbbb", linewidth=0.8, zorder=1)
             axes.annotate(task, (line["train_seconds"].iloc[-1], line["score"].iloc[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color="#555555")
+        whole = cells.groupby("task")["method"].nunique() == cells["method"].nunique()
         for method, points in cells.groupby("method", sort=False):
             style = {k: looks[method][k] for k in ("color", "marker")}
             axes.plot(points["train_seconds"], points["score"], linestyle="", markersize=4.5, zorder=2, **style)
-            axes.plot(points["train_seconds"].mean(), points["score"].mean(), linestyle="", markersize=11, markeredgecolor="white", zorder=3, label=method, **style)
+            mean = points[points["task"].map(whole)][["train_seconds", "score"]].mean()
+            axes.plot(*mean, linestyle="", markersize=11, markeredgecolor="white", zorder=3, label=method, **style)
         axes.set_xlabel("training time, seconds")
         axes.set_ylabel("test score")
         axes.set_xlim(left=0)
         figure.legend(loc="outside upper center", ncols=len(table.methods))
     return figure
 
-# %% ../nbs/61_figures.ipynb #896dfec5
+# %% ../nbs/61_figures.ipynb #e2a7571e
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -190,7 +201,7 @@ FIGURES = {
     "scores": ("Scores", "Each method's test score with its interval; the upright tick is the score of answering the most frequent label.", plot_scores),
     "curves": ("Learning curves", "Validation score during training; the marker is at the step whose prompt was kept.", plot_curves),
     "gates": ("Gate weights", "How much each space counts for each prompt token of `ept`, task by task; white is an equal share.", plot_gates),
-    "time": ("Time against score", "One thin line a task; large markers are means over tasks.", plot_time),
+    "time": ("Time against score", "One thin line a task; large markers are means over the tasks that all have.", plot_time),
 }
 
 # %% ../nbs/61_figures.ipynb #27326b83
