@@ -1,6 +1,7 @@
 """The repository itself: notebooks and library in step, the grid as its parameters say, imports that only point down."""
 
 import ast
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from ept.profiles import check, load_profile
+from ept.synthetic import write_datasets
 from ept.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -202,6 +204,14 @@ def test_data_come_with_the_clone():
     assert out["nfiles"] == len(listing) and all(remote(entry["md5"]).is_file() for entry in listing)
     for task in TASKS.values():
         assert any(entry["relpath"].startswith(task.hub.folder + "/") for entry in listing), task.name
+
+
+def test_data_can_be_made_again_bit_for_bit(tmp_path):
+    out = yaml.safe_load((ROOT / "data.dvc").read_text())["outs"][0]
+    listing = json.loads((ROOT / "store" / "files" / "md5" / out["md5"][:2] / out["md5"][2:]).read_text())
+    write_datasets(tmp_path)
+    made = {str(p.relative_to(tmp_path)): hashlib.md5(p.read_bytes()).hexdigest() for p in tmp_path.rglob("*") if p.is_file()}
+    assert made == {entry["relpath"]: entry["md5"] for entry in listing}, "run `dvc add data` and `dvc push`, then commit data.dvc and store/"
 
 
 # ---- what is in git -----------------------------------------------------------------------------------------------------
