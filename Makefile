@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status test test-quick export notebooks clean
+.PHONY: help install smollm2-weights reproduce status test test-quick export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,7 +33,7 @@ reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),smollm2-weights)  ## the w
 	$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) --jobs $(JOBS)
 
 status: $(READY)  ## what `make reproduce` would do, and why
-	$(BIN)/dvc status $(if $(filter embedded,$(PROFILE)),,profiles/$(PROFILE)/dvc.yaml)
+	$(BIN)/dvc status $(if $(filter embedded,$(PROFILE)),,profiles/$(PROFILE)/)dvc.yaml
 
 test: $(READY)  ## every notebook of the library, then every test
 	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2
@@ -45,6 +45,9 @@ test-quick: $(READY)  ## the tests that take seconds
 export: $(READY)  ## notebooks -> ept/, and notebooks without outputs
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+
+readme: $(READY)  ## nbs/index.ipynb -> README.md
+	$(BIN)/python nbs/readme.py > README.md
 
 notebooks: $(READY)  ## JupyterLab on nbs/
 	$(BIN)/jupyter lab nbs

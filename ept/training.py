@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'plan_batches', 'collate', 'NonFiniteLoss', 'PromptTrainer', 'ProgressBar', 'Run', 'train']
 
-# %% ../nbs/40_training.ipynb #a55299a6
+# %% ../nbs/40_training.ipynb #1be99b9c
 import hashlib
 import json
 import os
@@ -13,8 +13,8 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -211,11 +211,11 @@ class ProgressBar(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         self.bar.close()
 
-# %% ../nbs/40_training.ipynb #00f51b83
+# %% ../nbs/40_training.ipynb #bea4783f
 def _code_version():
     "A hash of the library's code, so that a run is not continued by other code than began it."
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    for file in sorted(Path(find_spec("ept").origin).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
