@@ -66,7 +66,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'ept/evaluation.py'),
                                 'ept.evaluation.evaluate': ('evaluation.html#evaluate', 'ept/evaluation.py')},
             'ept.figures': { 'ept.figures._curve': ('figures.html#_curve', 'ept/figures.py'),
-                             'ept.figures._metric': ('figures.html#_metric', 'ept/figures.py'),
+                             'ept.figures._title': ('figures.html#_title', 'ept/figures.py'),
                              'ept.figures.look': ('figures.html#look', 'ept/figures.py'),
                              'ept.figures.plot_curves': ('figures.html#plot_curves', 'ept/figures.py'),
                              'ept.figures.plot_gates': ('figures.html#plot_gates', 'ept/figures.py'),
