@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEXICON', 'KINDS', 'HELD_OUT', 'FRAMES', 'MAKERS', 'SCHEMAS', 'SIZES', 'SPLITS', 'plural', 'Speaker', 'sentence',
-           'scene', 'examples', 'make_task', 'parquet_bytes', 'write_datasets']
+           'scene', 'dictionary', 'examples', 'make_task', 'parquet_bytes', 'write_datasets']
 
 # %% ../nbs/02_synthetic.ipynb #e7c4177d
 import os
@@ -84,7 +84,7 @@ _SENSES = """bank/money/water bat/sport/beast bark/forest/beast nail/body/factor
 LEXICON = {k: _entries(v) for group in (_NOUNS, _QUALITIES, _ATTITUDES, _DOMAINS) for k, v in group.items()} | {"sense": _entries(_SENSES)}
 KINDS = ("animal", "fruit", "tool", "vehicle", "instrument", "garment")
 
-# %% ../nbs/02_synthetic.ipynb #568a3289
+# %% ../nbs/02_synthetic.ipynb #808b3adc
 _PLURALS = {"box": "boxes", "bus": "buses", "cherry": "cherries", "library": "libraries"}
 
 def plural(
@@ -97,11 +97,11 @@ def _held_out():
     "Held-out words in small letters, with their plurals, unless another entry uses them in training."
     words = {part for _, held in LEXICON.values() for w in held for part in w.lower().split("/")} - set(_DOMAINS)
     seen = {part for s, _ in LEXICON.values() for w in s for part in w.lower().split("/")}
-    return (words | {plural(w) for w in words}) - seen
+    return (words | {plural(w) for kind in (*KINDS, "container") for w in LEXICON[kind][1]}) - seen
 
 HELD_OUT = frozenset(_held_out())
 
-# %% ../nbs/02_synthetic.ipynb #a0bca3fe
+# %% ../nbs/02_synthetic.ipynb #8b5af4d8
 class Speaker:
     "Draws words and frames from a seed; what is held out is said in evaluation only."
 
@@ -120,7 +120,7 @@ class Speaker:
     def among(self, options):
         return options[int(self.random.random() * len(options))]
 
-    def pick(self, pair, p=0.4):
+    def pick(self, pair, p=0.3):
         "One of `pair = (seen, held out)` and whether it is held out."
         seen, held = pair
         if self.vocabulary == "all":
@@ -142,7 +142,7 @@ class Speaker:
 
     def frame(self, name):
         "A sentence frame; a held-out one marks the row as new."
-        frame, new = self.pick(FRAMES[name], p=0.5)
+        frame, new = self.pick(FRAMES[name], p=0.4)
         self.novel |= new
         return frame
 
@@ -195,7 +195,7 @@ FRAMES = {name: _frames(text) for name, text in {
         | nothing in the {part} is {one} , and the {part2} is not {two}""",
 }.items()}
 
-# %% ../nbs/02_synthetic.ipynb #9edb9101
+# %% ../nbs/02_synthetic.ipynb #2a9110aa
 FRAMES.update({name: _frames(text) for name, text in {
     "cola": """the {thing} near the {place} is {adj} / the {thing} near the {place} are {adj}
         the {things} near the {place} are {adj} / the {things} near the {place} is {adj}
@@ -208,10 +208,11 @@ FRAMES.update({name: _frames(text) for name, text in {
         {who} wants to {base} the {thing} / {who} wants to {past} the {thing}
         the {role} will {act} near the {place} / the {role} near will {act} the {place}
         she often met the {role} / her often met the {role}
-        | on {day} {who} {past} {number} {adj} {things} / on {day} {who} {past} {number} {adj} {thing}
-        | the {role} did not {base} a {adj} {thing} / the {role} did not {past} a {adj} {thing}
-        | the {things} in the {place} are {adj} / the {things} in the {place} is {adj}
-        | {who} will {base} a {adj} {thing} / {who} will {base} a {thing} {adj}""",
+        | on {day} {who} {past} {number} {things} / on {day} {who} {past} {number} {thing}
+        | the {role} did not {base} the {things} / the {role} did not {past} the {things}
+        | she met him on {day} / she met he on {day}
+        | the {adj} {things} near the {place} are {colour} / the {adj} {things} near the {place} is {colour}
+        | the {role} has {past} a {adj} {thing} / the {role} has {past} a {thing} {adj}""",
 }.items()})
 
 # %% ../nbs/02_synthetic.ipynb #660cfa3e
@@ -341,12 +342,12 @@ def cb(s, label):
     told = s.among([f"not {state}", other]) if deny else state
     return {"premise": sentence(premise), "hypothesis": sentence(f"the {x['place']} is {told}")}
 
-# %% ../nbs/02_synthetic.ipynb #f308f51a
+# %% ../nbs/02_synthetic.ipynb #8eee9a8a
 def rte(s, label):
     "A short statement that follows from a longer one, or mixes up who did what."
     x, frame = scene(s), s.frame("rte")
     follows = ["{who} {past} a {thing}", "{who2} {past2} a {thing2}", "{who} {syn_past} a {thing}", "{who} {past} a {kind}", "{who2} {past2} a {kind2}"]
-    not_said = ["{who} {past} a {thing2}", "{who2} {past} a {thing}", "{who} {past2} a {thing}", "{who} {past} a {cousin}", "{who2} {past2} a {cousin}"]
+    not_said = ["{who} {past} a {cousin}", "{who2} {past2} a {cousin}", "{who} {past} a {cousin} on {day2}", "{who} {past} a {thing2}", "{who2} {past} a {thing}"]
     if "{role}" in frame:
         follows, not_said = follows + ["{who} is a {role}"], not_said + ["{who} is a {role2}"]
     return {"sentence1": sentence(frame.format(**x)), "sentence2": sentence(s.among((follows, not_said)[label]).format(**x))}
@@ -404,7 +405,7 @@ def qnli(s, label):
         about = x | ({change: x[_CHANGES[change]]} if change != "told" else {})
     return {"question": sentence(s.frame(f"ask {asked}").format(**x) + "?"), "sentence": sentence(s.frame(f"fact {told}").format(**about))}
 
-# %% ../nbs/02_synthetic.ipynb #1ccb9ea8
+# %% ../nbs/02_synthetic.ipynb #0de604f2
 def boolq(s, label):
     "Two people and what they own; the question is about one of them."
     x = scene(s)
@@ -412,24 +413,25 @@ def boolq(s, label):
     told = [s.frame("holding").format(**y) for y in (first, second)]
     s.random.shuffle(told)
     other = set(LEXICON["colour"][0]) - {x["colour"], x["colour2"]}
-    wrong = [{"thing": x["cousin"]}, {"colour": s.among(sorted(other))}, {"who": x["who2"]}, {"thing": x["thing2"], "colour": x["colour2"]}]
+    colour = {"colour": s.among(sorted(other))}
+    wrong = [{"thing": x["cousin"]}, colour, colour | {"thing": x["cousin"]}, {"who": x["who2"]}, {"thing": x["thing2"]}]
     asked = first if label == 1 else first | s.among(wrong)
     return {"question": s.frame("boolq").format(**asked), "passage": " ".join(sentence(t) for t in told)}
 
-# %% ../nbs/02_synthetic.ipynb #4dcdb245
+# %% ../nbs/02_synthetic.ipynb #2de22fcb
 def multirc(s, label=None):
-    "A paragraph of three facts, a question, four answers with their labels."
+    "A paragraph of two facts, a question, five answers with their labels."
     x = scene(s)
     y = x | {"who": x["who2"], "thing": x["thing2"], "place": x["place2"]}
-    told = [s.frame("fact place").format(**x), s.frame("fact place").format(**y), f"{x['who']} was there on {x['day']}"]
+    told = [s.frame("fact place").format(**z) for z in (x, y)]
     s.random.shuffle(told)
     if s.chance(0.5):
         question, right = f"what did {x['who']} {s.among([x['base'], x['syn']])}", ["the " + x["thing"], "a " + x["kind"]]
-        wrong = ["the " + x["thing2"], "the " + x["cousin"], "a " + x["kind2"]]
+        wrong = ["the " + x["thing2"], "the " + x["cousin"], "the " + s.word(s.among([k for k in KINDS if k not in (x["kind"], x["kind2"])]))]
     else:
         question, right = f"where was {x['who']}", ["near the " + x["place"], f"at the {x['place']}"]
         spare = [p for p in LEXICON["place"][0] if p not in (x["place"], x["place2"])]
-        wrong = ["near the " + x["place2"], f"at the {x['place2']}", "near the " + s.among(spare)]
+        wrong = ["near the " + x["place2"], *(f"{a} the {p}" for a, p in zip(("at", "near"), s.random.sample(spare, 2)))]
     answers = [(a, 1) for a in right] + [(a, 0) for a in wrong]
     s.random.shuffle(answers)
     base = {"paragraph": " ".join(sentence(t) for t in told), "question": sentence(question + "?")}
@@ -446,7 +448,7 @@ def wic(s, label):
         texts.append(sentence(s.frame("context").format(word=word, clue=clue, clue2=clue2, who=s.word(s.among(["woman", "man"])))))
     return {"word": word, "sentence1": texts[0], "sentence2": texts[1]}
 
-# %% ../nbs/02_synthetic.ipynb #78b50960
+# %% ../nbs/02_synthetic.ipynb #bab2fc16
 def wsc(s, label):
     "Which of two does the pronoun mean? Gender tells, or what fits into what."
     x = scene(s)
@@ -458,8 +460,9 @@ def wsc(s, label):
         a, b, pro = f"the {x['thing']}", f"the {s.word('container')}", "it"
         size, meant = s.among([("big", a), ("small", b)])
         text = s.frame("wsc fit").format(thing=x["thing"], box=b[4:], size=size).replace(" it ", " # it ")
-    span = meant if label == 1 else (b if meant == a else a)
     text = sentence(text)
+    others = [p for p in (a, b, f"the {x['thing']}", f"the {x['place']}") if p != meant and p in text[0].lower() + text[1:] + text]
+    span = meant if label == 1 else s.among(others)
     place = text.split().index("#")
     text = text.replace("# ", "")
     start = re.search(rf"\b{span}\b", text, re.IGNORECASE).start()
@@ -472,6 +475,94 @@ def _wic_offsets(row):
         start = re.search(rf"\b{row['word']}\b", row[f"sentence{i}"], re.IGNORECASE).start()
         row |= {f"start{i}": start, f"end{i}": start + len(row["word"])}
     return row
+
+# %% ../nbs/02_synthetic.ipynb #a2aaea8c
+def _all(kind):
+    return [w for part in LEXICON[kind] for w in part]
+
+def _about_things():
+    "Kinds, numbers and domains of nouns, and who is a she."
+    for kind in (*KINDS, "container", "place", "role"):
+        for w in _all(kind):
+            yield from (f"{w}: [{kind}]", f"{plural(w)}: [{kind}]", f"the {w} [is] here", f"the {plural(w)} [are] here", f"one [{w}] not {plural(w)}",
+                        f"two [{plural(w)}] not one {w}", f"a {w}: [one]", f"{plural(w)}: [many]")
+    for kind, pronoun in (("woman", "she"), ("man", "he")):
+        for w in _all(kind):
+            yield from (f"{w}: [{kind}]", f"{w} came when [{pronoun}] could")
+    for kind in ("colour", "day", "number", "feeling", "part", "act"):
+        yield from (f"{w}: [{kind}]" for w in _all(kind))
+    for domain in _DOMAINS:
+        yield from (f"{w}: [{domain}]" for w in _all(domain))
+    for word, *domains in (w.split("/") for w in _all("sense")):
+        yield from (f"{word} {clue}: [{domain}]" for domain in domains for clue in _all(domain))
+
+def _about_words():
+    "Synonyms, opposites, forms, praise and blame, what a speaker commits to."
+    for base, past, syn, syn_past in (w.split("/") for w in _all("verb")):
+        yield from (f"{base} means [{syn}]", f"{syn} means [{base}]", f"{past} means [{syn_past}]", f"{syn_past} means [{past}]")
+        yield from (f"did {v} has [{v_past}]" for v, v_past in ((base, past), (syn, syn_past)))
+        yield from (f"has {v_past} did [{v}]" for v, v_past in ((base, past), (syn, syn_past)))
+    for a, b, c, d in (w.split("/") for w in _all("size")):
+        yield from (f"{p} means [{q}]" for p, q in ((a, b), (b, a), (c, d), (d, c)))
+        yield from (f"{p} is not [{q}]" for p, q in ((a, c), (b, d), (c, a), (d, b)))
+    for a, b in (w.split("/") for w in _all("state")):
+        yield from (f"{a} is not [{b}]", f"{b} is not [{a}]")
+    for kind, good, bad in (("praise", "good", "bad"), ("blame", "bad", "good")):
+        for w in _all(kind):
+            yield from (f"{w}: [{good}]", f"it is {w}: [{good}]", f"it is not {w}: [{bad}]", f"a {w} story: [{good}]")
+    for kind, so in (("fact", "so"), ("guess", "perhaps"), ("error", "wrong")):
+        for w in _all(kind):
+            yield from (f"{w}: [{so}]", f"one {w} that it is: [{so}]")
+
+# %% ../nbs/02_synthetic.ipynb #e52cc15b
+def dictionary() -> list[str]:  # each with one word in brackets
+    "What every word of the lexicon is."
+    return [*_about_things(), *_about_words()]
+
+# %% ../nbs/02_synthetic.ipynb #93d39fa1
+def extract(s, label=None):
+    "A question about one of two told facts; the answer is a word of the text."
+    x = scene(s)
+    y = x | {"who": x["who2"], "thing": x["thing2"], "place": x["place2"], "colour": x["colour2"], "day": x["day2"]}
+    told, asked = s.among([
+        ("fact place", [("where did {who} {base} the {thing}", "place"), ("where was {who}", "place"), ("what did {who} {syn}", "thing")]),
+        ("fact day", [("when did {who} {base} the {thing}", "day"), ("what did {who} {base}", "thing")]),
+        ("holding", [("what does {who} have", "thing"), ("who has the {colour} {thing}", "who"), ("which colour has the {thing} of {who}", "colour")])])
+    question, slot = s.among(asked)
+    texts = [sentence(s.frame(told).format(**z)) for z in (x, y)[:1 + s.chance(0.7)]]
+    s.random.shuffle(texts)
+    return {"question": sentence(question.format(**x) + "?"), "passage": " ".join(texts), "answer": x[slot]}
+
+def sense(s, label=None):
+    "The domain of an ambiguous word in its sentence."
+    word, *senses = s.word("sense").split("/")
+    domain = s.among(senses)
+    clue, clue2 = s.words(domain, 2)
+    text = s.frame("context").format(word=word, clue=clue, clue2=clue2, who=s.word(s.among(["woman", "man"])))
+    return {"sentence": sentence(text), "word": word, "answer": domain}
+
+# %% ../nbs/02_synthetic.ipynb #d58158c7
+def referent(s, label=None):
+    "Whom or what a pronoun means."
+    row = wsc(s, 1)
+    return {"text": row["text"], "word": row["span2_text"], "answer": row["span1_text"].split()[-1]}
+
+def difference(s, label=None):
+    "The one detail in which a second event differs from a first."
+    x = scene(s)
+    frame, slots = s.among([("mrpc", ["who", "past", "adj", "thing", "place", "day"]), ("stsb", ["who", "past", "colour", "thing", "place"])])
+    slot = s.among(slots)
+    y = _restated(s, x) | {slot: x[_CHANGES[slot]]}
+    return {"sentence1": sentence(s.frame(frame).format(**x)), "sentence2": sentence(s.frame(frame).format(**y)), "answer": y[slot]}
+
+def mistake(s, label=None):
+    "The first word that is wrong in a sentence."
+    x = scene(s)
+    good, bad = (sentence(part.format(**x)) for part in s.frame("cola").split(" / "))
+    wrong = next(b for g, b in zip(good[:-1].split(), bad[:-1].split()) if g != b)
+    return {"sentence": bad, "answer": wrong}
+
+PRACTICE = {f.__name__: f for f in (extract, sense, referent, difference, mistake)}
 
 # %% ../nbs/02_synthetic.ipynb #8569b307
 _I32, _TEXT = datasets.Value("int32"), datasets.Value("string")

@@ -1,0 +1,157 @@
+"The embedded backbone: its tokenizer, its mixture, whole folders, the same weights each time."
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from ept.pretraining import (INSTRUCTIONS, SENTINELS, Material, Muon, PretrainingConfig, build_tiny_t5, corrupt, orthogonalise, pretrain,
+                             supervised_rows, train_tokenizer, unlabelled_texts)
+from ept.settings import from_dict
+from ept.synthetic import HELD_OUT, MAKERS, PRACTICE, make_task
+from ept.tasks import TASKS
+
+SMALL = PretrainingConfig(width=16, inner_width=16, head_width=4, layers=1, decoder_layers=1, steps=16, batch_size=4, rows=400)
+
+
+@pytest.fixture(scope="module")
+def material():
+    return Material(SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretraining") / "backbone"
+    pretrain(SMALL, folder)
+    return folder
+
+
+def test_every_kind_of_row_has_an_instruction():
+    assert set(INSTRUCTIONS) == set(MAKERS) | set(PRACTICE)
+    wordings = [w for ws in INSTRUCTIONS.values() for w in ws]
+    assert len(set(wordings)) == len(wordings)
+
+
+def test_mixture_never_says_what_is_held_out():
+    said = {w for _, text, answer in supervised_rows(SMALL) for w in re.findall(r"\w+", f"{text} {answer}".lower())}
+    assert not said & HELD_OUT
+    assert {w for text in unlabelled_texts(400) for w in re.findall(r"\w+", text.lower())} & HELD_OUT
+
+
+def test_no_evaluation_text_is_in_the_mixture():
+    seen = {text for _, text, _ in supervised_rows(PretrainingConfig(rows=4000))}
+    for name in ("cola", "mnli", "sst2", "boolq"):
+        for split, frame in make_task(name).items():
+            if split != "train":
+                assert not seen & {TASKS[name].text(row) for row in frame.to_dict("records")}
+
+
+def test_known_words_are_one_token_and_others_are_spelled(material):
+    tokenizer = material.tokenizer
+    for task in TASKS.values():
+        assert all(len(ids) == 1 for ids in tokenizer(list(task.words), add_special_tokens=False)["input_ids"])
+        assert all(len(tokenizer.tokenize(f"{field}:")) == 1 for field in task.fields)
+    assert tokenizer.tokenize("zzyzx") == ["z", "##z", "##y", "##z", "##x"]
+    assert [tokenizer.convert_tokens_to_ids(t) for t in ("<pad>", "</s>", "<unk>", SENTINELS[0])] == [0, 1, 2, 3]
+    assert tokenizer(f"a {SENTINELS[1]} b")["input_ids"][1] == 4
+
+
+def test_no_text_of_the_data_sets_is_unknown_or_long():
+    tokenizer = train_tokenizer(["nothing"])
+    lengths = []
+    whole = Material(PretrainingConfig(rows=6000)).tokenizer
+    for name in MAKERS:
+        for frame in make_task(name).values():
+            if name == "wsc":
+                frame = TASKS[name].hub.derive(frame)
+            for row in frame.to_dict("records"):
+                text = TASKS[name].text(row)
+                assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
+                lengths.append(len(whole(text)["input_ids"]))
+    assert max(lengths) <= 48
+
+
+def test_tokenizer_is_the_same_each_time(material):
+    again = Material(SMALL).tokenizer
+    assert again.backend_tokenizer.to_str() == material.tokenizer.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 60])
+def test_hidden_spans_lose_nothing(length):
+    ids = list(range(100, 100 + length))
+    shown, told = corrupt(ids, random.Random(length), sentinel=3)
+    assert sorted(t for t in shown + told if t >= 100) == ids
+    assert [t for t in shown if t < 100] == [t for t in told if t < 100]
+
+
+def test_silent_rows_tell_nothing(material):
+    texts = {tuple(ids) for ids in material.texts}
+    silent = [(x, y) for _ in range(10) for x, y in map(material.supervised, range(400)) if tuple(x[:-1]) in texts]
+    assert 0.05 < len(silent) / 4000 < 0.16
+    firsts = {tuple(material.labels[task.words[0]]) for task in TASKS.values()}
+    assert sum(tuple(y[:-1]) in firsts for _, y in silent) > 0.6 * len(silent)
+
+
+def test_heads_begin_as_word_finders():
+    config = PretrainingConfig(width=32, head_width=8)
+    model = build_tiny_t5(config, 100).eval()
+    with torch.no_grad():
+        found = model.encoder(torch.tensor([[10, 11, 12, 13, 14, 11, 15, 1]]), output_attentions=True).attentions
+    if found and found[0] is not None:
+        assert found[0][0, 0, 1].argmax() == 5 and found[0][0, 2, 3].argmax() == 2 and found[0][0, 3, 3].argmax() == 4
+    assert torch.equal(build_tiny_t5(config, 100).shared.weight, model.shared.weight)
+
+
+def test_muon_is_orthogonal_and_moves_every_matrix():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalise(torch.randn(4, 12, 24)))
+    assert values.min() > 0.5 and values.max() < 1.4
+    matrices = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(3)] + [torch.nn.Parameter(torch.randn(8, 4))]
+    before = [p.detach().clone() for p in matrices]
+    optimizer = Muon(matrices, lr=0.1)
+    sum((p ** 2).sum() for p in matrices).backward()
+    optimizer.step()
+    assert all((p - b).norm() > 0.01 for p, b in zip(matrices, before))
+    assert sum((p ** 2).sum() for p in matrices) < sum((b ** 2).sum() for b in before)
+
+
+def test_folder_loads(folder, material):
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.is_fast and len(tokenizer) == model.config.vocab_size
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (model.config.pad_token_id, model.config.eos_token_id) == (0, 1)
+    text = "sentence1: Anna bought an old harp. sentence2: zzyzx"
+    assert tokenizer(text)["input_ids"] == material.tokenizer(text)["input_ids"]
+    assert from_dict(PretrainingConfig, json.loads((folder / "pretraining.json").read_text())) == SMALL
+
+
+def test_same_weights_each_time(folder, tmp_path):
+    pretrain(SMALL, tmp_path / "again")
+    for file in folder.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_failure_leaves_the_old_folder(folder, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise OSError("disk full")
+
+    old = {f.name: f.read_bytes() for f in folder.iterdir()}
+    monkeypatch.setattr("ept.pretraining.write_json", broken)
+    with pytest.raises(OSError, match="disk full"):
+        pretrain(SMALL, folder)
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == old
+    assert [f.name for f in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_loss_that_explodes_stops(material, tmp_path):
+    with pytest.raises(RuntimeError, match="the loss is (nan|inf) at step"):
+        pretrain(from_dict(PretrainingConfig, {**SMALL.__dict__, "learning_rate": 1e30, "warmup": 1}), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("wrong, message", [({"steps": 0}, "steps is 0"), ({"silence": -0.1}, "it is a share"), ({"stepz": 3}, "did you mean 'steps'")])
+def test_wrong_values(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(PretrainingConfig, wrong)
