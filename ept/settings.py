@@ -17,7 +17,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/00_settings.ipynb #7439b70c
+# %% ../nbs/00_settings.ipynb #9376df0a
 def unknown(
     kind: str,  # what the name should have been, singular: "task", "method", "parameter"
     given: object,  # the name that is not known
@@ -25,7 +25,8 @@ def unknown(
 ) -> ValueError:  # to be raised by the caller
     "The error for a name that is not in a list: the name, the nearest known one, the list."
     known = [str(k) for k in known]
-    near = difflib.get_close_matches(str(given).rsplit(".", 1)[-1], known, n=1, cutoff=0.5)
+    whole, last = str(given), str(given).rsplit(".", 1)[-1]  # "training.stesp" is a misspelled "steps"
+    near = difflib.get_close_matches(whole, known, n=1, cutoff=0.5) or difflib.get_close_matches(last, known, n=1, cutoff=0.5)
     guess = f" did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown {kind} {given!r};{guess} known {kind}s: {', '.join(known)}")
 
