@@ -30,7 +30,7 @@ def unknown(
     guess = f" did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown {kind} {given!r};{guess} known {kind}s: {', '.join(known)}")
 
-# %% ../nbs/00_settings.ipynb #bc6c6b74
+# %% ../nbs/00_settings.ipynb #43c4fdd9
 def _convert(value, kind, where):
     "`value` as an instance of the annotation `kind`, or a `ValueError` that names `where`."
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -44,7 +44,8 @@ def _convert(value, kind, where):
         return tuple(_convert(v, args[0], where) for v in value)
     if origin is dict and isinstance(value, dict):
         return {str(k): _convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    truth = isinstance(value, bool) and kind in (int, float)  # to Python, True is a number
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not truth:
         try:
             number = float(value)
             if kind is float:
@@ -53,7 +54,7 @@ def _convert(value, kind, where):
                 return int(number)
         except (ValueError, OverflowError):
             pass
-    elif kind in (typing.Any, object) or (isinstance(kind, type) and origin is None and isinstance(value, kind)):
+    elif kind in (typing.Any, object) or (isinstance(kind, type) and origin is None and isinstance(value, kind) and not truth):
         return value
     name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
     raise ValueError(f"{where} is {value!r} ({type(value).__name__}); it must be {name}")
