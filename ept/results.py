@@ -114,7 +114,7 @@ def _is_best(cell, row):
     second = others.loc[others["score"].idxmax()]
     return bool(cell["score"] - second["score"] > np.nanmax([cell["spread"], second["spread"], 0.0]))
 
-# %% ../nbs/60_results.ipynb #9454da5d
+# %% ../nbs/60_results.ipynb #99afaac9
 LABELS = {"embedded": "embedded: proves the machinery, says nothing about English"}
 
 
@@ -139,6 +139,7 @@ class ScoreTable:
             + f"; {there.sum()} of {len(there)} runs, {seeds}. Test scores in percent"
             + (", with a 95 % interval." if len(p.grid.seeds) == 1 else ", mean ± standard deviation over seeds.")
             + " Bold: ahead of the next by more than the spread. † answers the same to every example: no better than the majority."
+            + " Training times are wall-clock: other work on the machine lengthens them."
         )
 
     def columns(self) -> list[str]:
