@@ -14,7 +14,7 @@ import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
