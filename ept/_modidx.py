@@ -72,6 +72,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ept.figures.plot_gates': ('figures.html#plot_gates', 'ept/figures.py'),
                              'ept.figures.plot_scores': ('figures.html#plot_scores', 'ept/figures.py'),
                              'ept.figures.plot_time': ('figures.html#plot_time', 'ept/figures.py'),
+                             'ept.figures.spread': ('figures.html#spread', 'ept/figures.py'),
                              'ept.figures.to_svg': ('figures.html#to_svg', 'ept/figures.py'),
                              'ept.figures.write_report': ('figures.html#write_report', 'ept/figures.py')},
             'ept.fusion': { 'ept.fusion.PromptFusion': ('fusion.html#promptfusion', 'ept/fusion.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'MARKERS', 'LINES', 'STYLE', 'PAGE', 'FIGURES', 'look', 'to_svg', 'plot_scores', 'plot_curves',
-           'plot_gates', 'plot_time', 'write_report']
+           'plot_gates', 'spread', 'plot_time', 'write_report']
 
 # %% ../nbs/61_figures.ipynb #3a92729c
 import html
@@ -150,7 +150,18 @@ def plot_gates(
         bar.set_label("weight of a space")
     return figure
 
-# %% ../nbs/61_figures.ipynb #e1bf35fe
+# %% ../nbs/61_figures.ipynb #70fdb933
+def spread(
+    heights: dict[str, float],  # where each label would like to stand
+    gap: float,  # least distance between two of them
+) -> dict[str, float]:  # where they stand, lowest first
+    "Heights of labels that do not overlap: each is moved up as far as the one below needs."
+    placed, last = {}, float("-inf")
+    for name, height in sorted(heights.items(), key=lambda item: item[1]):
+        placed[name] = last = max(height, last + gap)
+    return placed
+
+# %% ../nbs/61_figures.ipynb #b02441cd
 def plot_time(
     table: ScoreTable,
 ) -> Figure:
@@ -159,11 +170,15 @@ def plot_time(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.0))
         axes = figure.add_subplot()
-        cells = table.cells.dropna(subset=["score", "train_seconds"])
+        cells, ends = table.cells.dropna(subset=["score", "train_seconds"]), {}
         for task, line in cells[cells["train_seconds"] > 0].groupby("task", sort=False):
             line = line.sort_values("train_seconds")
             axes.plot(line["train_seconds"], line["score"], color="#bbbbbb", linewidth=0.8, zorder=1)
-            axes.annotate(task, (line["train_seconds"].iloc[-1], line["score"].iloc[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color="#555555")
+            ends[task] = line["train_seconds"].iloc[-1], line["score"].iloc[-1]
+        gap = 0.045 * (cells["score"].max() - cells["score"].min())
+        for task, height in spread({task: y for task, (_, y) in ends.items()}, gap).items():
+            axes.annotate(task, ends[task], xytext=(1.02, height), textcoords=axes.get_yaxis_transform(), va="center", fontsize=7.5, color="#555555",
+                          arrowprops={"arrowstyle": "-", "color": "#dddddd", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4})
         whole = cells.groupby("task")["method"].nunique() == cells["method"].nunique()
         for method, points in cells.groupby("method", sort=False):
             style = {k: looks[method][k] for k in ("color", "marker")}

@@ -73,8 +73,15 @@ def main(arguments=None):
     if values["data"]["source"] == "embedded" and not (ROOT / values["data"]["depends"]).exists():
         if failed := dvc("pull", "-q", f"{values['data']['depends']}.dvc"):
             return failed
-    tasks = values["grid"]["tasks"]
-    jobs = max(1, min(chosen.jobs, len(tasks)))
+    status = run_grid(chosen.jobs, values["grid"]["tasks"], values, file, environment, dvc)
+    report = f"results/{values['profile']}/report/report.html"
+    print(f"\nlook at {report}" if not status else "\nnot everything is up to date, see above; run the command again to go on", flush=True)
+    return status
+
+
+def run_grid(jobs, tasks, values, file, environment, dvc):
+    "Bring the grid up to date with some jobs at a time; the exit status."
+    jobs = max(1, min(jobs, len(tasks)))
     if jobs == 1:
         return dvc("repro", file)
     if failed := dvc("repro", f"{file}:backbone"):
