@@ -50,7 +50,7 @@ class Grid:
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
 
-# %% ../nbs/50_profiles.ipynb #e4f6de6c
+# %% ../nbs/50_profiles.ipynb #2ebda0ba
 @dataclass(frozen=True)
 class Profile:
     "A parameter file, read and checked."
@@ -63,7 +63,7 @@ class Profile:
     grid: Grid
     training: dict[str, Any] = field(default_factory=dict)  # for every run
     methods: dict[str, dict] = field(default_factory=dict)  # for every run of one method
-    tasks: dict[str, dict] = field(default_factory=dict)  # for every run on one task
+    tasks: dict[str, dict] = field(default_factory=dict)  # overrides for every run on one task
     file: Path | None = None  # where it was read
 
     def __post_init__(self):
@@ -104,7 +104,7 @@ def _check_lists(profile):
             error = unknown(name[:-1], missing[0], entries)
             raise ValueError(f"grid.{name}: {error}; each needs an entry below `{name}`, if only `{missing[0]}: {{}}`")
 
-# %% ../nbs/50_profiles.ipynb #6529c09d
+# %% ../nbs/50_profiles.ipynb #a8e65089
 def parameter_names() -> tuple[tuple[str, ...], tuple[str, ...]]:  # fields of TrainingConfig, of EPTConfig
     "What a run can be told."
     from ept.prompt import EPTConfig
@@ -126,7 +126,7 @@ def check(
     names = sum(parameter_names(), ())
     groups = {"training": profile.training}
     groups |= {f"methods.{m}": v for m, v in profile.methods.items()}
-    groups |= {f"tasks.{t}": v for t, v in profile.tasks.items()}
+    groups |= {f"tasks/{t}: overrides": v for t, v in profile.tasks.items()}
     for where, values in groups.items():
         for name in values:
             if name not in names:
@@ -135,7 +135,7 @@ def check(
         run.resolve()
     return profile
 
-# %% ../nbs/50_profiles.ipynb #752b19db
+# %% ../nbs/50_profiles.ipynb #323a9772
 @dataclass(frozen=True)
 class RunPlan:
     "One run of a profile's grid."
@@ -151,7 +151,7 @@ class RunPlan:
         return f"{self.task}-{self.method}-{self.seed}"
 
     def resolve(self) -> "tuple[TrainingConfig, dict[str, Any]]":
-        "How the run is trained, and fields of `EPTConfig`: from `training`, then the method's entry, then the task's."
+        "How the run is trained, and fields of `EPTConfig`: from `training`, then the method's entry, then the task's overrides."
         from ept.methods import get_method
         from ept.prompt import EPTConfig
         from ept.training import TrainingConfig
@@ -195,21 +195,46 @@ class Paths:
         'A file below `results/`: of a run in "scores", "costs" or "predictions"; of a task or the backbone in "origins".'
         return self.results / kind / f"{key}.{'csv' if kind == 'predictions' else 'json'}"
 
-# %% ../nbs/50_profiles.ipynb #aa3f943f
+# %% ../nbs/50_profiles.ipynb #6f219d24
+def _read_yaml(file):
+    "A file that must hold a mapping."
+    values = yaml.safe_load(file.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds {type(values).__name__}; it must be a mapping of parameters")
+    return values
+
+
+def _read_tasks(folder):
+    "Overrides of every task that has a folder, in the order of `TASKS`."
+    entries = {}
+    for file in sorted(Path(folder).glob("*/params.yaml")):
+        values, name = _read_yaml(file), file.parent.name
+        for key in values:
+            if key not in ("task", "overrides"):
+                raise ValueError(f"{file}: {unknown('key', key, ('task', 'overrides'))}")
+        if values.get("task") != name:
+            raise ValueError(f"{file} says task {values.get('task')!r}; it must be {name!r}, as its folder is called")
+        entries[name] = values.get("overrides") or {}
+    if not entries:
+        raise FileNotFoundError(f"{folder} has no folder of a task; make one like tasks/cola: params.yaml and the link dvc.yaml")
+    return {name: entries[name] for name in sorted(entries, key=lambda n: list(TASKS).index(n) if n in TASKS else -1)}
+
+# %% ../nbs/50_profiles.ipynb #4e79a7ec
 def load_profile(
     file: str | Path = "params.yaml",  # relative to the working folder, else to the repository's root
 ) -> Profile:
-    "Read and check a parameter file; `ValueError` names whatever is unknown in it, and the nearest known name."
+    "Read and check a parameter file and its tasks; `ValueError` names whatever is unknown, and the nearest known name."
     path = Path(file) if Path(file).exists() else repository_root() / file
     if not path.exists():
         known = ["params.yaml", *sorted(str(p.relative_to(repository_root())) for p in repository_root().glob("profiles/*/params.yaml"))]
         raise FileNotFoundError(f"no parameter file {file}; there are: {', '.join(known)}")
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}; it must be a mapping of parameters")
-    for group in ("training", "methods", "tasks"):
+    values = _read_yaml(path)
+    if "tasks" in values or "tasks" in (values.get("grid") or {}):
+        raise ValueError(f"{file} lists tasks; the tasks of a grid are the folders in {path.parent / 'tasks'}: remove the list")
+    for group in ("training", "methods"):
         values[group] = values.get(group) or {}
     for name in [f.name for f in dataclasses.fields(Profile) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]:
         if name not in values:
             raise ValueError(f"{file}: {name} is missing")
-    return from_dict(Profile, {**values, "file": path.resolve()})
+    tasks = _read_tasks(path.parent / "tasks")
+    return from_dict(Profile, {**values, "grid": {**values["grid"], "tasks": list(tasks)}, "tasks": tasks, "file": path.resolve()})

@@ -43,11 +43,13 @@ PARAMETERS = {
     "profile": "embedded", "root": ".", "here": "",
     "backbone": {"name": "embedded"},
     "data": {"source": "embedded", "depends": "data", "subsample": {"validation": 16, "test": 24}},
-    "grid": {"tasks": ["cola", "cb"], "methods": ["pt", "ept"], "seeds": [0]},
+    "grid": {"methods": ["pt", "ept"], "seeds": [0]},
     "training": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "prompt_length": 60, "short_length": 8, "max_length": 96},
     "methods": {"pt": {}, "ept": {}},
-    "tasks": {"cola": {}, "cb": {}},
 }  # fmt: skip
+
+
+TASKS = ("cola", "cb")
 
 
 class Clone:
@@ -57,10 +59,13 @@ class Clone:
         self.root = root
         shutil.copytree(ROOT, root, symlinks=True, ignore=LEFT_OUT)
         (root / "ept" / "pretraining.py").write_text(TINY_BACKBONE)
+        for folder in set((root / "tasks").iterdir()) - {root / "tasks" / name for name in (*TASKS, "pipeline.yaml")}:
+            shutil.rmtree(folder)
         self.write(PARAMETERS)
         subprocess.run(["git", "init", "-q"], cwd=root, check=True)
         for profile in (root / "profiles").iterdir():
             assert (profile / "dvc.yaml").is_symlink()
+            shutil.rmtree(profile / "tasks")
 
     def write(self, parameters):
         (self.root / "params.yaml").write_text(yaml.safe_dump(parameters, sort_keys=False))
@@ -80,7 +85,7 @@ class Clone:
     def reproduce(self, jobs=2):
         """Stages that `make reproduce` has run."""
         text = self.call("nbs/pipelines/reproduce.py", "--jobs", str(jobs))
-        return sorted(set(re.findall(r"Running stage '([^']+)'", text)))
+        return sorted({stage.removeprefix("tasks/").replace("/dvc.yaml:", ":") for stage in re.findall(r"Running stage '([^']+)'", text)})
 
     def files(self, folder):
         base = self.root / folder
@@ -146,7 +151,8 @@ def test_dvc_pull_brings_the_data_and_misses_nothing(clone):
 
 @pytest.mark.slow
 def test_one_command_makes_everything(clone):
-    assert clone.first == sorted(["backbone", "prepare@cb", "prepare@cola", "report", *(f"{s}@{k}" for s in ("train", "evaluate") for k in KEYS)])
+    runs = [f"{t}:{s}@{m}-0" for t in TASKS for s in ("train", "evaluate") for m in ("pt", "ept")]
+    assert clone.first == sorted(["backbone", "report", *(f"{t}:prepare" for t in TASKS), *runs])
     assert (clone.root / "data" / "glue").is_dir(), "dvc pull has brought the data from the remote inside the repository"
     for key in KEYS:
         record = json.loads((clone.root / f"results/embedded/scores/{key}.json").read_text())
@@ -181,10 +187,9 @@ def test_a_change_of_the_report_runs_the_report_alone(clone):
 @pytest.mark.slow
 def test_one_learning_rate_of_one_task_runs_that_task_alone(clone):
     before = clone.files("results/embedded/scores")
-    changed = {**PARAMETERS, "tasks": {"cola": {}, "cb": {"learning_rate": 0.1}}}
-    clone.write(changed)
+    (clone.root / "tasks" / "cb" / "params.yaml").write_text("task: cb\noverrides: {learning_rate: 0.1}\n")
     ran = clone.reproduce()
-    assert ran == sorted([*(f"{s}@cb-{m}-0" for s in ("train", "evaluate") for m in ("pt", "ept")), "report"])
+    assert ran == sorted([*(f"cb:{s}@{m}-0" for s in ("train", "evaluate") for m in ("pt", "ept")), "report"])
     after = clone.files("results/embedded/scores")
     assert all(after[f"{key}.json"] == before[f"{key}.json"] for key in KEYS if key.startswith("cola"))
     assert json.loads(after["cb-pt-0.json"])["config"]["training"]["learning_rate"] == 0.1
@@ -231,13 +236,13 @@ def test_a_killed_run_ends_with_the_same_bits(clone, method):
     """SIGKILL in the middle of training, under DVC; the next `dvc repro` finishes, adapter and metrics as if nothing had been."""
     key = f"cola-{method}-0"
     clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "steps": 60, "evaluate_every": 3}})
-    repro = ["-m", "dvc", "repro", "--single-item", f"train@{key}", f"evaluate@{key}"]
+    repro = ["-m", "dvc", "repro", "--single-item", *(f"tasks/cola/dvc.yaml:{stage}@{method}-0" for stage in ("train", "evaluate"))]
     adapter, scores = f"runs/embedded/adapters/{key}", clone.root / f"results/embedded/scores/{key}.json"
 
     clone.call(*repro)
     undisturbed = clone.files(adapter), scores.read_bytes()
     shutil.rmtree(clone.root / adapter)
-    (clone.root / "dvc.lock").unlink()
+    (clone.root / "tasks" / "cola" / "dvc.lock").unlink()
 
     left = kill_in_training(clone, key, 9, repro)
     assert left and not (clone.root / adapter / "adapter_config.json").exists()

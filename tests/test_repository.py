@@ -22,7 +22,7 @@ NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.st
 PIPELINE = [p for p in NOTEBOOKS if p.parent.name == "pipelines"]
 MODULES = {p.stem.split("_", 1)[1]: p for p in NOTEBOOKS if re.match(r"\d\d[a-z]?_", p.name) and p.parent.name == "nbs"}
 PROFILES = {"embedded": ROOT / "params.yaml"} | {p.parent.name: p for p in sorted(ROOT.glob("profiles/*/params.yaml"))}
-GRID = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+GRID = {n: s for file in ("dvc.yaml", "tasks/pipeline.yaml") for n, s in yaml.safe_load((ROOT / file).read_text())["stages"].items()}
 BIN = Path(sys.executable).parent
 
 
@@ -150,8 +150,8 @@ def test_a_stage_watches_no_more_than_it_needs():
     assert not watched("evaluate") & {"results", "figures", "training", "synthetic", "pretraining"}
     assert watched("report") == {"results", "figures"}
     assert all(watched(stage) <= everything for stage in GRID)
-    parameters = {stage: [p for entry in GRID[stage].get("params", []) for p in entry["${here}params.yaml"]] for stage in GRID}
-    assert parameters["train"] == ["training", "methods.${item.method}", "tasks.${item.task}"]
+    parameters = {stage: [f"{Path(file).parent.name}:{n}" for entry in GRID[stage].get("params", []) for file, names in entry.items() for n in names] for stage in GRID}
+    assert parameters["train"] == [":training", ":methods.${item.method}", "${task}:overrides"]
     assert parameters["evaluate"] == []
 
 
@@ -172,12 +172,14 @@ def test_no_result_depends_on_costs_notebooks_or_settings():
 def test_profile_is_sound(profile):
     read = check(load_profile(PROFILES[profile]))
     assert read.profile == profile
-    assert set(read.tasks) == set(TASKS), "every task has an entry"
+    assert list(read.tasks) == list(TASKS), "every task has a folder"
     assert (PROFILES[profile].parent / read.root).resolve() == ROOT
     assert (ROOT / read.here / "params.yaml").resolve() == PROFILES[profile]
+    links = {PROFILES[profile].parent / "tasks" / task / "dvc.yaml": ROOT / "tasks" / "pipeline.yaml" for task in read.tasks}
     if profile != "embedded":
-        link = PROFILES[profile].with_name("dvc.yaml")
-        assert link.is_symlink() and os.readlink(link) == "../../dvc.yaml"
+        links[PROFILES[profile].with_name("dvc.yaml")] = ROOT / "dvc.yaml"
+    for link, target in links.items():
+        assert link.is_symlink() and not Path(os.readlink(link)).is_absolute() and link.resolve() == target
 
 
 def test_the_three_profiles_are_there():
@@ -186,14 +188,15 @@ def test_the_three_profiles_are_there():
 
 def test_grid_is_the_product_of_the_lists():
     """What DVC makes of dvc.yaml is what the parameter file says (the embedded profile, read by DVC itself)."""
-    listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "dvc.yaml", "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
     profile = load_profile(PROFILES["embedded"])
-    keys = [run.key for run in profile.runs()]
-    expected = ["backbone", "report", *(f"prepare@{t}" for t in profile.grid.tasks)]
-    expected += [f"{stage}@{key}" for stage in ("train", "evaluate") for key in keys]
+    files = ["dvc.yaml", *(f"tasks/{task}/dvc.yaml" for task in profile.grid.tasks)]
+    listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", *files, "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
+    runs = [f"{m}-{s}" for m in profile.grid.methods for s in profile.grid.seeds]
+    expected = ["backbone", "report", *(f"tasks/{t}/dvc.yaml:prepare" for t in profile.grid.tasks)]
+    expected += [f"tasks/{t}/dvc.yaml:{stage}@{run}" for t in profile.grid.tasks for stage in ("train", "evaluate") for run in runs]
     assert sorted(listed.stdout.split()) == sorted(expected)
-    for lists in ("tasks", "methods", "seeds"):
-        assert GRID["train"]["matrix"][lists.removesuffix("s")] == f"${{grid.{lists}}}" == GRID["evaluate"]["matrix"][lists.removesuffix("s")]
+    for stage in ("train", "evaluate"):
+        assert GRID[stage]["matrix"] == {"method": "${grid.methods}", "seed": "${grid.seeds}"}
 
 
 def test_data_come_with_the_clone():
