@@ -6,7 +6,7 @@
 __all__ = ['INSTRUCTIONS', 'SENTINELS', 'SPECIAL', 'PretrainingConfig', 'supervised_rows', 'unlabelled_texts', 'train_tokenizer',
            'build_tiny_t5', 'corrupt', 'Material', 'orthogonalise', 'Muon', 'train_language_model', 'pretrain']
 
-# %% ../nbs/22_pretraining.ipynb #442416fa
+# %% ../nbs/22_pretraining.ipynb #691b806c
 import math
 import random
 import re
@@ -21,6 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from .backbone import keep_freed_memory
 from .settings import write_json
 from .synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples
 from .tasks import TASKS, mark_spans
@@ -314,7 +315,7 @@ def _half_precision():
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
-# %% ../nbs/22_pretraining.ipynb #11b14ff6
+# %% ../nbs/22_pretraining.ipynb #303b15b3
 def train_language_model(
     model: T5ForConditionalGeneration,  # is trained in place
     material: Material,
@@ -322,6 +323,7 @@ def train_language_model(
     precision: str = "auto",  # of the products: "float32", "bfloat16", "auto" takes bfloat16 where the processor has it
 ) -> pd.DataFrame:  # mean losses of each tenth of the steps: step, task, dictionary, spans
     "Train on the mixture."
+    keep_freed_memory()
     half = _half_precision() if precision == "auto" else precision == "bfloat16"
     optimizers, schedules = _optimizers(model.train(), config, half)
     losses = []

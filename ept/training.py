@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'plan_batches', 'collate', 'NonFiniteLoss', 'PromptTrainer', 'ProgressBar', 'Run', 'train']
 
-# %% ../nbs/40_training.ipynb #1be99b9c
+# %% ../nbs/40_training.ipynb #e70ce388
 import hashlib
 import json
 import os
@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from .backbone import Backbone, fingerprint
+from .backbone import Backbone, fingerprint, keep_freed_memory
 from .data import Encoder, load_task
 from .methods import Method, build_method, get_method
 from .metrics import score_task
@@ -273,7 +274,7 @@ def _peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-# %% ../nbs/40_training.ipynb #0744a149
+# %% ../nbs/40_training.ipynb #357762bf
 @dataclass
 class _Job:
     "Everything that `train` has resolved before the first step."
@@ -287,12 +288,18 @@ class _Job:
     encoder: Encoder
     data: DatasetDict
 
-    def validate(self, model):
-        "Validation metrics, with `score` the task's own."
+    @cached_property
+    def validation(self):
+        "Rows to validate on, and their token ids."
         rows = self.data["validation"]
         if self.training.validation_examples:
             rows = rows.select(range(min(len(rows), self.training.validation_examples)))
-        scores = rank_labels(model, self.encoder.encode(rows), self.encoder.candidates, self.backbone.tokenizer.pad_token_id)
+        return rows, self.encoder.encode(rows)
+
+    def validate(self, model):
+        "Validation metrics, with `score` the task's own."
+        rows, texts = self.validation
+        scores = rank_labels(model, texts, self.encoder.candidates, self.backbone.tokenizer.pad_token_id)
         groups = rows[self.task.group] if self.task.group else None
         metrics = score_task(self.task, predict(self.task, scores), rows["label"], groups)
         return {"score": metrics[self.task.metrics[0]]}
@@ -334,12 +341,12 @@ def _arguments(job, checkpoint_dir, workers):
         remove_unused_columns=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
 
-# %% ../nbs/40_training.ipynb #b9af2d03
+# %% ../nbs/40_training.ipynb #77fab360
 def _run_trainer(job, checkpoint_dir, workers, progress):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
     rows, encoder, family = job.data["train"], job.encoder, job.backbone.family
     texts, targets = encoder.encode(rows), [encoder.candidates[encoder.target(label)] for label in rows["label"]]
-    digest = hashlib.sha256(json.dumps([texts, targets, encoder.encode(job.data["validation"])]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([texts, targets, job.validation[1]]).encode()).hexdigest()
     identity = job.config | {"data": digest, "code": _code_version(), "dtype": str(job.backbone.model.dtype)}
     checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
     plan = plan_batches([len(t) for t in texts], job.training.batch_size, job.training.steps, job.seed)
@@ -349,6 +356,7 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
         _optimizer_groups(job.model, job.training), seconds, eval_dataset=rows, args=_arguments(job, checkpoint_dir, workers),
         callbacks=[ProgressBar(f"{job.method.name} on {job.task.name}")] if progress else None,
     )  # fmt: skip
+    keep_freed_memory()
     trainer.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer._pause()

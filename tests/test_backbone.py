@@ -15,7 +15,7 @@ import torch
 
 from ept import backbone as library
 from ept.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
-from tests.conftest import byte_tokenizer, tiny_gpt2, tiny_t5
+from tests.conftest import byte_tokenizer, tiny_backbone, tiny_gpt2, tiny_t5
 
 COMMIT = "b" * 40
 
@@ -44,6 +44,20 @@ def test_a_tokenizer_without_padding_gets_one(tmp_path):
     backbone = load_backbone(str(tmp_path))
     assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id
     assert backbone.family == "decoder-only" and backbone.style == "question"
+
+
+def test_bfloat16_rounds_the_weights_and_nothing_else(tmp_path):
+    """Rotary frequencies stay float32: rounded, positions far in the text would be read wrongly."""
+    for kind in ("t5", "llama"):
+        original, folder = tiny_backbone(kind), tmp_path / kind
+        original.model.save_pretrained(folder)
+        original.tokenizer.save_pretrained(folder)
+        half = load_backbone(str(folder), device="cpu", precision="bfloat16").model
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        for (name, ours), theirs in zip(half.named_parameters(), original.model.parameters()):
+            assert torch.equal(ours, theirs.to(torch.bfloat16)), name
+        for (name, ours), theirs in zip(half.named_buffers(), original.model.buffers()):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
 
 def test_precision_is_that_of_the_settings(folder):

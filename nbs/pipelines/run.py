@@ -137,4 +137,7 @@ if __name__ == "__main__":
         if (status := ask(address, sys.argv[1:])) is not None:
             sys.exit(status)
     prepare_process()
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # everything is written; taking a process apart that has imported PyTorch costs a second
