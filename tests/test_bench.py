@@ -1,0 +1,80 @@
+"""The benchmark runs, on a tiny shape, and its page says what its result files say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ept.tasks import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import bench  # noqa: E402
+import contender  # noqa: E402
+import show  # noqa: E402
+
+RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("bench") / "tiny")
+    contender.backbone({"shape": "tiny", "folder": folder})
+    return {"shape": "tiny", "folder": folder, "batch_size": 2, "lengths": [8, 24], "warm_up": 1, "steps": 2}
+
+
+@pytest.mark.parametrize("name", bench.TRAINED)
+def test_every_contender_trains(name, job):
+    found = contender.train({**job, "contender": name})
+    assert {n: len(s) for n, s in found["step_seconds"].items()} == {8: 2, 24: 2}, "the first step of a length is not counted"
+    assert found["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("name", bench.SCORED)
+def test_every_contender_scores(name, job):
+    found = contender.infer({**job, "contender": name, "folded": name in ("pt", "dept", "ept")})
+    assert {n: len(s) for n, s in found["score_seconds"].items()} == {8: 2, 24: 2}
+
+
+def test_longer_texts_take_more_operations_and_a_short_prompt_fewer(job):
+    count = lambda name: contender.operations({**job, "contender": name})["operations"]
+    peft, ours, plain = count("peft-pt"), count("ept"), count("pt")
+    assert ours[8] < ours[24] and ours[8] < plain[8] <= 1.05 * peft[8]
+
+
+def test_batches_hold_every_text_and_ours_are_cut_to_multiples_of_eight():
+    lengths = bench.sample("sst2", "t5-base", 64)
+    assert sum(bench.batches("peft-pt", lengths, 8)) >= sum(bench.batches("peft-pt-tuned", lengths, 8)), "grouping by length pads less"
+    assert len(bench.batches("ept", lengths, 8)) == 8 and all(n % 8 == 0 for n in bench.batches("ept", lengths, 8))
+    assert max(bench.batches("peft-pt", lengths, 8)) == max(lengths)
+
+
+def test_times_between_measured_lengths_lie_on_the_line():
+    steps = {"32": {"median": 1.0}, "128": {"median": 4.0}, "256": {"median": 9.0}}
+    assert [bench.seconds_of(steps, n) for n in (32, 80, 128, 256)] == [1.0, 2.5, 4.0, 9.0]
+
+
+def test_lengths_are_counted_for_every_task():
+    counts = json.loads((ROOT / "bench" / "lengths.json").read_text())
+    for found in counts.values():
+        assert list(found) == list(TASKS)
+        assert all(200 <= sum(task.values()) <= 2000 and max(map(int, task)) <= 256 for task in found.values())
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.stem)
+def test_page_shows_the_results(file):
+    page = (ROOT / "bench" / "README.md").read_text()
+    assert show.show(file) in page, f"run: python bench/show.py {file.relative_to(ROOT)} --readme"
+    assert f"results/{file.stem}.svg" in page and file.with_suffix(".svg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [[], ["--flat"]])
+def test_a_grid_of_trivial_commands_runs_in_both_layouts(layout):
+    command = [sys.executable, "bench/dvc_grid.py", "--tasks", "2", "--methods", "2", "--seeds", "1", *layout]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 stages and a report" in done.stdout and "nothing left to do" in done.stdout
