@@ -252,3 +252,14 @@ def test_the_family_of_ept_starts_and_is_saved_as_ever(tmp_path):
         assert list(model.prompt.state_dict()) == list(START[name])
         for tensor, total in START[name].items():
             assert_close(model.prompt.state_dict()[tensor].double().abs().sum().item(), total, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, part", [("lora", "layers"), ("mpt", "module")])
+def test_without_peft_the_message_says_what_to_install(method, part, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name == "peft" or name.startswith("peft.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=rf"method '{method}' takes its {part} from PEFT.*pip install 'ept-prompt-tuning\[peft\]'"):
+        build_method(method, tiny_t5(), source_prompts=prompts(), **SIZES)
