@@ -104,14 +104,14 @@ def _check_lists(profile):
             error = unknown(name[:-1], missing[0], entries)
             raise ValueError(f"grid.{name}: {error}; each needs an entry below `{name}`, if only `{missing[0]}: {{}}`")
 
-# %% ../nbs/50_profiles.ipynb #a8e65089
-def parameter_names() -> tuple[tuple[str, ...], tuple[str, ...]]:  # fields of TrainingConfig, of EPTConfig
+# %% ../nbs/50_profiles.ipynb #b46c0265
+def parameter_names() -> tuple[tuple[str, ...], tuple[str, ...]]:  # fields of TrainingConfig; sizes, of EPTConfig and of the comparison methods
     "What a run can be told."
-    from ept.prompt import EPTConfig
+    from ept.methods import size_names
     from ept.training import TrainingConfig
 
-    training, sizes = ([f.name for f in dataclasses.fields(c)] for c in (TrainingConfig, EPTConfig))
-    return tuple(training), tuple(n for n in sizes if n != "seed")  # the seed is the run's
+    training = tuple(f.name for f in dataclasses.fields(TrainingConfig))
+    return training, tuple(n for n in size_names() if n != "seed")  # the seed is the run's
 
 
 def check(
@@ -135,7 +135,7 @@ def check(
         run.resolve()
     return profile
 
-# %% ../nbs/50_profiles.ipynb #323a9772
+# %% ../nbs/50_profiles.ipynb #e438a937
 @dataclass(frozen=True)
 class RunPlan:
     "One run of a profile's grid."
@@ -153,13 +153,12 @@ class RunPlan:
     def resolve(self) -> "tuple[TrainingConfig, dict[str, Any]]":
         "How the run is trained, and fields of `EPTConfig`: from `training`, then the method's entry, then the task's overrides."
         from ept.methods import get_method
-        from ept.prompt import EPTConfig
         from ept.training import TrainingConfig
 
         p, (known, sizes) = self.profile, parameter_names()
         values = {**p.training, **p.methods[self.method], **p.tasks[self.task]}
         chosen = {k: v for k, v in values.items() if k in sizes}
-        get_method(self.method).configure(from_dict(EPTConfig, chosen, self.key))
+        get_method(self.method).resolve(chosen, self.key)
         return from_dict(TrainingConfig, {k: v for k, v in values.items() if k in known}, self.key), chosen
 
     def __repr__(self):

@@ -50,7 +50,7 @@ def code_version(
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/52_records.ipynb #4cae2729
+# %% ../nbs/52_records.ipynb #b556b7e0
 def _majority(task, data):
     "Each metric of a constant answer."
     train, test = data["train"]["label"], data["test"]
@@ -83,14 +83,14 @@ def make_record(
         "trainable_parameters": saved["trainable_parameters"],
         "adapter_bytes": sum(f.stat().st_size for f in adapter.glob("*.safetensors")),
         "chosen_step": saved["chosen_step"],
-        "config": {k: saved[k] for k in ("training", "sizes", "max_length")},
+        "config": {k: saved[k] for k in ("training", "sizes", "max_length", "source_prompts") if k in saved},
         "history": {c: [None if pd.isna(v) else v for v in history[c].tolist()] for c in history},
         "gate_weights": gates,
         "packages": package_versions(),
         "code": code_version(),
     }
 
-# %% ../nbs/52_records.ipynb #a79c6a0d
+# %% ../nbs/52_records.ipynb #ddb8a43c
 def gate_weights(
     adapter: str | Path,  # folder
     backbone: "Backbone",
@@ -98,7 +98,7 @@ def gate_weights(
 ) -> list[list[float]] | None:  # [m, K]; None for a prompt without a gate
     "How much each space counts for each prompt token of a saved run."
     model = EPTModel.from_pretrained(backbone.model, adapter)
-    if model.folded or model.prompt.projection is None:
+    if getattr(model.prompt, "projection", None) is None:
         return None
     weights = model.gate_weights()
     return [[round(w, digits) for w in row] for row in weights.tolist()] if weights.shape[1] > 1 else None

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainingConfig', 'plan_batches', 'collate', 'NonFiniteLoss', 'PromptTrainer', 'ProgressBar', 'Run', 'train']
 
-# %% ../nbs/40_training.ipynb #e70ce388
+# %% ../nbs/40_training.ipynb #7e7abe62
 import hashlib
 import json
 import os
@@ -34,9 +34,10 @@ from .metrics import score_task
 from .model import EPTModel
 from .ranking import pad, predict, rank_labels
 from .settings import write_atomic, write_json
+from .sources import read_sources, sources_of
 from .tasks import Task, get_task
 
-# %% ../nbs/40_training.ipynb #a2b0f0d3
+# %% ../nbs/40_training.ipynb #0738b3a4
 @dataclass(frozen=True)
 class TrainingConfig:
     "How a prompt is trained; the same for every method of a comparison."
@@ -45,7 +46,8 @@ class TrainingConfig:
     batch_size: int = 16  # examples a step and device
     learning_rate: float = 0.3  # of the prompt
     pair_learning_rate: float = 1.0e-3  # of A and B
-    module_learning_rate: float = 1.0e-3  # of fusion and projection
+    module_learning_rate: float = 1.0e-3  # of fusion and projection, and of whatever else makes a prompt
+    weight_learning_rate: float = 3.0e-4  # of what is trained inside the backbone
     weight_decay: float = 0.0  # AdamW's
     warmup_steps: int = 0  # of the linear schedule
     clip: float = 1.0  # largest norm of the gradient
@@ -58,7 +60,7 @@ class TrainingConfig:
         for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "pair_learning_rate", "module_learning_rate", "clip"):
+        for name in ("learning_rate", "pair_learning_rate", "module_learning_rate", "weight_learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
@@ -152,13 +154,13 @@ class PromptTrainer(Trainer):
         if self.started is not None:
             self.seconds, self.started = self.seconds + time.perf_counter() - self.started, None
 
-# %% ../nbs/40_training.ipynb #363c891c
+# %% ../nbs/40_training.ipynb #c902ea39
 def _save(self, output_dir=None, state_dict=None):
     "Write the adapter, unless training has broken it."
     model = self.accelerator.unwrap_model(self.model)
-    if not all(torch.isfinite(t).all() for t in model.prompt.state_dict().values()):
+    if not all(torch.isfinite(t).all() for t in model.adapter_tensors().values()):
         raise NonFiniteLoss(
-            f"the prompt is no longer finite at step {self.state.global_step}; the last good checkpoint is kept in"
+            f"what is trained is no longer finite at step {self.state.global_step}; the last good checkpoint is kept in"
             f" {self.args.output_dir}: lower the learning rates and start again"
         )
     model.save_pretrained(output_dir or self.args.output_dir)
@@ -177,13 +179,13 @@ def _save_checkpoint(self, model, trial):
 
 
 def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-    "Put the prompt of a checkpoint into the model."
-    prompt = self.accelerator.unwrap_model(model or self.model).prompt
-    prompt.load_state_dict(load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors"))
+    "Put the adapter of a checkpoint into the model."
+    tensors = load_file(Path(resume_from_checkpoint) / "adapter_model.safetensors")
+    self.accelerator.unwrap_model(model or self.model).load_adapter_tensors(tensors)
 
 
 def _load_best_model(self):
-    "Put the prompt that was best on validation into the model."
+    "Put the adapter that was best on validation into the model."
     self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
@@ -274,7 +276,7 @@ def _peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-# %% ../nbs/40_training.ipynb #357762bf
+# %% ../nbs/40_training.ipynb #357547fe
 @dataclass
 class _Job:
     "Everything that `train` has resolved before the first step."
@@ -287,6 +289,7 @@ class _Job:
     model: EPTModel
     encoder: Encoder
     data: DatasetDict
+    sources: dict[str, torch.Tensor] = field(default_factory=dict)  # source task -> prompt, of methods that start from some
 
     @cached_property
     def validation(self):
@@ -311,16 +314,33 @@ class _Job:
             "task": self.task.name,
             "method": self.method.name,
             "seed": self.seed,
-            "sizes": asdict(self.model.prompt_config),
+            "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
             "training": asdict(self.training),
             "max_length": self.encoder.max_length,
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
+            **({"source_prompts": {task: _digest(prompt) for task, prompt in self.sources.items()}} if self.sources else {}),
         }
 
-# %% ../nbs/40_training.ipynb #0b3d3355
+
+def _digest(tensor):
+    "A short hash of a tensor's numbers."
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+
+
+def _sources(task, method, sizes, backbone, source_prompts):
+    "The prompts of other tasks that a method starts from; those it does not use are not read."
+    if not method.sources or not source_prompts:
+        return {}
+    if task.name in source_prompts:
+        raise ValueError(f"{task.name!r} is among its own source prompts; pass those of other tasks: {', '.join(sources_of(task.name))}")
+    used = dict(list(source_prompts.items())[: method.most_sources])
+    return read_sources(used, backbone.model, method.resolve(sizes)[0].short_length)
+
+# %% ../nbs/40_training.ipynb #4184d229
 def _optimizer_groups(model, training):
     "AdamW's parameter groups, one learning rate each."
-    rates = {"prompt": training.learning_rate, "pair": training.pair_learning_rate, "modules": training.module_learning_rate}
+    rates = {"prompt": training.learning_rate, "pair": training.pair_learning_rate, "modules": training.module_learning_rate,
+             "weights": training.weight_learning_rate}
     return [
         {"params": list(named.values()), "lr": rates[group], "weight_decay": training.weight_decay, "name": group}
         for group, named in model.parameter_groups().items()
@@ -383,7 +403,7 @@ def _write_run(run, model):
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
-# %% ../nbs/40_training.ipynb #1bf9ee16
+# %% ../nbs/40_training.ipynb #1e6407e0
 def train(
     task: str | Task,  # a name of `TASKS`, or a task of your own
     method: str | Method,  # a name of `METHODS`
@@ -393,16 +413,19 @@ def train(
     output_dir: str | Path | None = None,  # the adapter folder; None is adapters/<task>-<method>-<seed>
     checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside the adapter; removed at the end
     training: TrainingConfig = TrainingConfig(),
-    sizes: dict | None = None,  # fields of `EPTConfig`; the seed is set from `seed`
+    sizes: dict | None = None,  # fields of `EPTConfig` and of the method's further sizes; the seed is set from `seed`
+    source_prompts: dict | None = None,  # source task -> adapter folder of a `pt` run, for methods that start from some
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
 ) -> Run:
     "Train one prompt and write its adapter; a killed run resumes at its last checkpoint with the same bits."
     task, method = get_task(task), get_method(method)
-    model = build_method(method, backbone.model, backbone.tokenizer, **(sizes or {}) | {"seed": seed})
+    sizes = (sizes or {}) | {"seed": seed}
+    sources = _sources(task, method, sizes, backbone, source_prompts)
+    model = build_method(method, backbone.model, backbone.tokenizer, source_prompts=sources, **sizes)
     data = load_task(task, shots=training.shots or None, shots_seed=seed) if data is None else data
     encoder = Encoder(task, backbone.tokenizer, backbone.style, model.prompt_config.max_length, training.verbalizer)
-    job = _Job(task, method, seed, backbone, training, model, encoder, data)
+    job = _Job(task, method, seed, backbone, training, model, encoder, data, sources)
     output_dir = Path(output_dir or Path("adapters") / f"{task.name}-{method.name}-{seed}")
     checkpoint_dir = Path(checkpoint_dir or output_dir.parent / f".{output_dir.name}-checkpoints")
     if method.trained:
@@ -411,7 +434,7 @@ def train(
         score, step, history = job.validate(model)["score"], 0, _history([])
         cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0}
     device = backbone.model.device
-    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "precision": str(backbone.model.dtype).removeprefix("torch.")}
+    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "precision": str(model.backbone.dtype).removeprefix("torch.")}
     run = Run(task.name, method.name, seed, output_dir, history, step, score, model.num_trainable_parameters(), job.config, cost)
     _write_run(run, model)
     shutil.rmtree(checkpoint_dir, ignore_errors=True)

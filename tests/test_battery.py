@@ -7,11 +7,19 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ept.adapters import BottleneckAdapter, adapter_places
+from ept.adaptation import is_norm, output_width
 from ept.methods import METHODS, build_method
+from ept.mixture import PromptMixture
 from ept.model import EPTModel
+from ept.product import PromptProduct
 from ept.prompt import EPTConfig
+from ept.residual import ResidualPrompt
+from ept.sources import SOURCE_TASKS
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2, seed=3)
+SIZES |= dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
+FAMILY = [name for name, method in METHODS.items() if method.extra is None and not method.sources]  # EPT's own
 CANDIDATES = [[5, 1], [7, 8, 1], [9]]
 
 
@@ -22,7 +30,14 @@ def method(request):
 
 @pytest.fixture
 def model(method, backbone):
-    return build_method(method, backbone.model, **SIZES)
+    return build(method, backbone.model)
+
+
+def build(method, model, **changes):
+    "A method with small sizes; the prompts of source tasks are random, and always the same."
+    generator, width = torch.Generator().manual_seed(9), model.get_input_embeddings().weight.shape[1]
+    sources = {task: torch.randn(SIZES["prompt_length"], width, generator=generator) for task in SOURCE_TASKS}
+    return build_method(method, model, source_prompts=sources, **SIZES | changes)
 
 
 @pytest.fixture
@@ -55,20 +70,66 @@ def labels_for(model, batch):
     return labels.masked_fill(batch["attention_mask"].cumsum(1) <= 2, -100)
 
 
-def test_parameters_follow_the_formula_and_keep_the_budget(method, model, backbone):
+def expected_parameters(method, model):
+    "Trainable numbers of a method on a backbone, by formulas."
+    width, length = model.get_input_embeddings().weight.shape[1], SIZES["prompt_length"]
+    modules = dict(model.named_modules())
+    scales = sum(len(m.weight) for m in modules.values() if is_norm(m))
+    places = adapter_places(model)
+    one = BottleneckAdapter.size(width, SIZES["adapter_width"])
+    targets = [modules[n] for n in modules if n.endswith((".q", ".v", ".q_proj", ".v_proj", ".c_attn"))]
+    formulas = {
+        "finetune": lambda: model.num_parameters(),
+        "adapter": lambda: len(places) * one + scales,
+        "adapterdrop": lambda: sum(layer > 0 for layer in places.values()) * one + scales,
+        "bitfit": lambda: sum(output_width(m) or 0 for m in modules.values()),
+        "lora": lambda: sum(SIZES["lora_rank"] * sum(m.weight.shape) for m in targets),
+        "spot": lambda: length * width,
+        "attempt": lambda: PromptMixture.size(length, width, SIZES["attention_width"]),
+        "mpt": lambda: PromptProduct.size(length, width),
+        "respt": lambda: ResidualPrompt.size(length, width, SIZES["residual_width"]),
+    }
+    return formulas[method.name]() if method.name in formulas else method.resolve(SIZES)[0].num_parameters(width)
+
+
+def test_parameters_follow_the_formula(method, model, backbone):
     width = backbone.model.get_input_embeddings().weight.shape[1]
-    config = method.configure(EPTConfig(**SIZES))
-    assert model.num_trainable_parameters() == config.num_parameters(width)
-    assert model.num_trainable_parameters() <= SIZES["prompt_length"] * width
-    assert all(name.startswith("prompt.") for name, parameter in model.named_parameters() if parameter.requires_grad)
+    assert model.num_trainable_parameters() == expected_parameters(method, backbone.model)
+    if method.name in FAMILY:
+        assert model.num_trainable_parameters() <= SIZES["prompt_length"] * width
+    start = "backbone." if method.adapts else "prompt."
+    assert all(name.startswith(start) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
-def test_zeroed_second_factors_give_plain_prompt_tuning(trained, backbone):
+def test_what_is_trained_is_float32_and_has_a_learning_rate(method, model):
+    groups = model.parameter_groups()
+    named = {name for group in groups.values() for name in group}
+    assert named == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} <= {torch.float32}
+    assert bool(groups["weights"]) == method.adapts
+    assert bool(groups["prompt"]) == (method.trained and not method.adapts)
+
+
+def test_at_the_start_an_adapted_backbone_is_the_plain_one(method, model, backbone):
+    if not method.adapts:
+        return
+    plain, batch = build(METHODS["frozen"], backbone.model), inputs()
+    assert torch.equal(model.score(**batch, candidates=CANDIDATES), plain.score(**batch, candidates=CANDIDATES))
+    batch["labels"] = labels_for(model, batch)
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+def test_zeroed_second_factors_give_plain_prompt_tuning(method, trained, backbone):
+    if method.name not in (*FAMILY, "respt"):
+        return
     prompt = trained.prompt
     with torch.no_grad():
         for part, factor in (("offset", "embedding_factors"), ("fusion", "strength"), ("projection", "up")):
-            if getattr(prompt, part) is not None:
+            if getattr(prompt, part, None) is not None:
                 getattr(getattr(prompt, part), factor).zero_()
+        if method.name == "respt":
+            prompt.gain.zero_(), prompt.shift.zero_()
     count = len(prompt.embeddings)
     plain = EPTModel(backbone.model, EPTConfig(prompt_length=count, short_length=count, rank=0, fusion=False, projection=False))
     plain.prompt.embeddings = prompt.embeddings
@@ -91,7 +152,7 @@ def test_padding_changes_nothing(trained):
         assert_close(chosen, trained(**left).logits[left["attention_mask"] == 1], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_reach_the_prompt_alone(method, trained, backbone):
+def test_gradients_reach_what_is_trained_alone(method, trained, backbone):
     before = copy.deepcopy(backbone.model.state_dict())
     batch = inputs()
     loss = trained.train()(**batch, labels=labels_for(trained, batch)).loss
@@ -100,13 +161,27 @@ def test_gradients_reach_the_prompt_alone(method, trained, backbone):
         assert not loss.requires_grad
         return
     loss.backward()
+    frozen = {name: p.clone() for name, p in trained.named_parameters() if not p.requires_grad}
     torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1).step()
     for name, parameter in trained.named_parameters():
-        assert (parameter.grad is not None) == name.startswith("prompt."), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
         if parameter.grad is not None:
             assert parameter.grad.abs().sum() > 0, f"no gradient reaches {name}"
+        else:
+            assert torch.equal(parameter, frozen[name]), name
     after = backbone.model.state_dict()
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None and not p.requires_grad for p in backbone.model.parameters())
+
+
+def test_methods_on_one_backbone_do_not_meet(method, trained, backbone):
+    other = build(method, backbone.model)
+    ours, theirs = ({id(p): n for n, p in m.named_parameters()} for m in (trained, other))
+    shared = {name for key, name in ours.items() if key in theirs}
+    assert not any(name in shared for name, p in trained.named_parameters() if p.requires_grad)
+    if method.name != "finetune":  # what is frozen is there once, for all of them
+        own = {id(p) for p in backbone.model.parameters()}
+        assert own <= ours.keys() and own <= theirs.keys()
 
 
 def test_shared_prefix_is_exact_with_its_gradients(method, trained):
@@ -151,15 +226,28 @@ def test_a_score_is_the_loss_of_the_candidate(trained):
 
 def test_save_and_load_into_a_fresh_backbone(trained, backbone, tmp_path):
     fresh = EPTModel.from_pretrained(copy.deepcopy(backbone.model), trained.save_pretrained(tmp_path / "adapter"))
+    numbers = sum(t.numel() for t in trained.adapter_tensors().values())
     batch = inputs()
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert torch.equal(fresh.score(**batch, candidates=CANDIDATES), trained.score(**batch, candidates=CANDIDATES))
     assert torch.equal(fresh.generate(**batch, **options), trained.generate(**batch, **options))
     assert fresh.num_trainable_parameters() == trained.num_trainable_parameters()
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4 * trained.num_trainable_parameters() + 1500
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size < 4 * numbers + 1500 + 150 * len(trained.adapter_tensors())
 
 
-def test_folding_keeps_the_function(trained, backbone, tmp_path):
+def test_an_adapter_is_refused_by_another_backbone(trained, backbone, tmp_path):
+    folder, other = trained.save_pretrained(tmp_path / "adapter"), copy.deepcopy(backbone.model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(0.1)
+    with pytest.raises(ValueError, match="with other weights than this backbone has"):
+        EPTModel.from_pretrained(other, folder)
+
+
+def test_folding_keeps_the_function(method, trained, backbone, tmp_path):
+    if method.adapts or trained.reads_text:
+        with pytest.raises(ValueError, match="use the model as it is"):
+            trained.fold()
+        return
     folded = trained.fold()
     batch = inputs()
     expected = trained.score(**batch, candidates=CANDIDATES)
@@ -173,8 +261,8 @@ def test_folding_keeps_the_function(trained, backbone, tmp_path):
 def test_generate_equals_the_route_by_hand(trained):
     batch = inputs(lengths=(7, 7))
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
-    prompt, offset = trained.prompt()
     text = trained.backbone.get_input_embeddings()(batch["input_ids"])
+    prompt, offset = trained.prompt(text, batch["attention_mask"] > 0) if trained.reads_text else trained.prompt()
     if offset is not None:
         text = text + offset[:7]
     embeddings = torch.cat([prompt.expand(2, -1, -1), text], dim=1)
@@ -191,23 +279,24 @@ def test_generation_does_not_see_padding(trained):
 
 
 def test_bfloat16_backbone_with_float32_prompt_trains(method, backbone):
-    model = build_method(method, copy.deepcopy(backbone.model).to(torch.bfloat16), **SIZES).train()
+    model = build(method, copy.deepcopy(backbone.model).to(torch.bfloat16)).train()
     if not method.trained:
         return
     batch, losses = inputs(), []
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.005 if method.adapts else 0.05)
     for _ in range(15):
         loss = model(**batch, labels=labels_for(model, batch)).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert {p.dtype for p in model.prompt.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(**batch, labels=labels_for(model, batch)).logits.dtype == (torch.float32 if method.name == "finetune" else torch.bfloat16)
     assert losses[-1] < losses[0]
 
 
 def test_gate_weights_sum_to_one(method, trained):
-    if trained.prompt.projection is None:
+    if getattr(trained.prompt, "projection", None) is None:
         with pytest.raises(ValueError, match="this prompt has no gate"):
             trained.gate_weights()
         return
@@ -217,12 +306,14 @@ def test_gate_weights_sum_to_one(method, trained):
 
 
 def test_the_same_seed_gives_the_same_start(method, backbone):
-    one, same = build_method(method, backbone.model, **SIZES), build_method(method, backbone.model, **SIZES)
-    other = build_method(method, backbone.model, **SIZES | {"seed": 4})
-    for (name, a), b, c in zip(one.prompt.named_parameters(), same.prompt.parameters(), other.prompt.parameters()):
-        assert torch.equal(a, b), name
-    if method.trained:
-        assert not torch.equal(one.prompt.embeddings, other.prompt.embeddings)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    one, same, other = build(method, backbone.model), build(method, backbone.model), build(method, backbone.model, seed=4)
+    assert torch.equal(before, torch.random.get_rng_state()), "building a method leaves torch's own generator alone"
+    for name, tensor in one.adapter_tensors().items():
+        assert torch.equal(tensor, same.adapter_tensors()[name]), name
+    if method.trained and method.name not in ("finetune", "bitfit", "spot", "mpt"):  # their start is given, not drawn
+        assert any(not torch.equal(tensor, other.adapter_tensors()[name]) for name, tensor in one.adapter_tensors().items())
 
 
 def test_every_ablation_differs_from_ept_in_what_it_names():

@@ -101,11 +101,17 @@ class TestLoadingRefuses:
 
     def test_another_format_version(self, saved):
         change(saved[1], format_version=2)
-        self.refuse(saved[1], "format version 2; this version of ept reads type 'ept', format version 1")
+        self.refuse(saved[1], "format version 2; this version of ept reads format version 1 of types ept")
 
     def test_another_type(self, saved):
+        change(saved[1], type="prefix")
+        self.refuse(saved[1], "an adapter of type 'prefix'.*of types ept, and, with extra sizes, residual, mixture, product, weights")
+
+    def test_a_type_that_does_not_go_with_the_sizes(self, saved):
         change(saved[1], type="lora")
-        self.refuse(saved[1], "an adapter of type 'lora'")
+        self.refuse(saved[1], "an adapter of type 'lora' without extra sizes")
+        change(saved[1], type="ept", extra={})
+        self.refuse(saved[1], "an adapter of type 'ept' with extra sizes")
 
     def test_a_truncated_file(self, saved):
         weights = saved[1] / "adapter_model.safetensors"

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 
 from ept import training
 from ept.evaluation import evaluate
-from ept.methods import build_method
+from ept.methods import METHODS, build_method
 from ept.model import EPTModel
 from ept.tasks import Task
 from ept.training import NonFiniteLoss, PromptTrainer, TrainingConfig, train
-from tests.conftest import tiny_backbone
+from ept.sources import SOURCE_TASKS
+from tests.conftest import WIDTH, tiny_backbone
 
 SIZES = dict(prompt_length=60, short_length=8, max_length=48, spaces=2, space_width=1, fusion_width=1)
 TASK = Task("colour", ("text",), ("no", "yes"), ("accuracy",))
@@ -92,14 +93,74 @@ def test_a_tiny_model_learns(data, tmp_path):
     assert run.history.loss.dropna().iloc[-1] < run.history.loss.dropna().iloc[0]
 
 
+COMPARED = [name for name, method in METHODS.items() if method.extra or method.sources]
+SMALL = dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
+
+
+def sources(length=60):
+    generator = torch.Generator().manual_seed(2)
+    return {task: torch.randn(length, WIDTH, generator=generator) for task in SOURCE_TASKS}
+
+
+@pytest.mark.parametrize("method", COMPARED)
+def test_every_method_is_trained_and_evaluated_by_the_same_road(method, backbone, data, tmp_path):
+    before = copy.deepcopy(backbone.model.state_dict())
+    run = train(TASK, method, 0, backbone, data, tmp_path / "a", training=CONFIG, sizes=SIZES | SMALL, source_prompts=sources(), progress=False)
+    after = backbone.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert evaluate(run.adapter_dir, TASK, backbone, data, split="validation").metrics["accuracy"] == pytest.approx(run.validation_score)
+    record = json.loads((run.adapter_dir / "training.json").read_text())
+    assert record["trainable_parameters"] == run.trainable_parameters > 0
+    used = METHODS[method].most_sources or len(SOURCE_TASKS)
+    assert list(record.get("source_prompts", {})) == (list(SOURCE_TASKS[:used]) if METHODS[method].sources else [])
+
+
+def test_the_weights_have_a_learning_rate_of_their_own(backbone):
+    config = TrainingConfig(learning_rate=0.3, weight_learning_rate=0.002, module_learning_rate=0.1)
+    rates = lambda method: {
+        (group["name"], group["lr"])
+        for group in training._optimizer_groups(build_method(method, backbone.model, source_prompts=sources(), **SIZES | SMALL), config)
+    }
+    for method in ("finetune", "adapter", "adapterdrop", "bitfit", "lora"):
+        assert rates(method) == {("weights", 0.002)}
+    for method in ("attempt", "mpt", "respt"):
+        assert rates(method) == {("prompt", 0.3), ("modules", 0.1)}
+    assert rates("spot") == {("prompt", 0.3)}
+
+
+def test_sources_are_runs_of_prompt_tuning(data, tmp_path):
+    backbone = tiny_backbone("t5")
+    options = dict(training=CONFIG, sizes=SIZES, progress=False)
+    for name in ("mnli", "qnli"):
+        train(TASK, "pt", 0, backbone, data, tmp_path / name, **options)
+    folders = {name: tmp_path / name for name in ("mnli", "qnli")}
+    one = train(TASK, "attempt", 0, backbone, data, tmp_path / "a", source_prompts=folders, **options)
+    spot = train(TASK, "spot", 0, backbone, data, tmp_path / "s", source_prompts=folders, **options)
+    recorded = [json.loads((run.adapter_dir / "training.json").read_text())["source_prompts"] for run in (one, spot)]
+    assert list(recorded[0]) == ["mnli", "qnli"] and recorded[1] == {"mnli": recorded[0]["mnli"]}
+    with pytest.raises(ValueError, match="'mnli' is among its own source prompts; pass those of other tasks: qnli, qqp, sst2"):
+        train("mnli", "mpt", 0, backbone, data, tmp_path / "b", source_prompts=folders, **options)
+    with pytest.raises(ValueError, match="method 'mpt' starts from prompts of other tasks, and none is given"):
+        train(TASK, "mpt", 0, backbone, data, tmp_path / "b", **options)
+
+
+def test_fine_tuning_of_a_bfloat16_backbone_is_float32(data, tmp_path):
+    backbone = tiny_backbone("t5")
+    backbone.model.to(torch.bfloat16)
+    run = train(TASK, "finetune", 0, backbone, data, tmp_path / "a", training=CONFIG, sizes=SIZES, progress=False)
+    assert run.cost["precision"] == "float32"
+    assert {t.dtype for t in load_file(run.adapter_dir / "adapter_model.safetensors").values()} == {torch.float32}
+    assert evaluate(run.adapter_dir, TASK, backbone, data, split="validation").metrics["accuracy"] == pytest.approx(run.validation_score)
+
+
 class Stopped(Exception):
     "Stands for a process that is killed."
 
 
-@pytest.mark.parametrize("stop_at", [3, 4, 7])
-def test_a_stopped_run_ends_with_the_same_bits(stop_at, backbone, data, tmp_path, monkeypatch):
-    options = dict(training=CONFIG, sizes=SIZES, progress=False)
-    whole = train(TASK, "ept", 0, backbone, data, tmp_path / "whole", **options)
+@pytest.mark.parametrize("method, stop_at", [("ept", 3), ("ept", 4), ("ept", 7), *((method, 4) for method in COMPARED)])
+def test_a_stopped_run_ends_with_the_same_bits(method, stop_at, backbone, data, tmp_path, monkeypatch):
+    options = dict(training=CONFIG, sizes=SIZES | SMALL, source_prompts=sources(), progress=False)
+    whole = train(TASK, method, 0, backbone, data, tmp_path / "whole", **options)
     steps, step = [], PromptTrainer.training_step
 
     def stopping(self, *args, **keywords):
@@ -110,9 +171,9 @@ def test_a_stopped_run_ends_with_the_same_bits(stop_at, backbone, data, tmp_path
 
     monkeypatch.setattr(PromptTrainer, "training_step", stopping)
     with pytest.raises(Stopped):
-        train(TASK, "ept", 0, backbone, data, tmp_path / "stopped", **options)
+        train(TASK, method, 0, backbone, data, tmp_path / "stopped", **options)
     assert not (tmp_path / "stopped").exists()
-    resumed = train(TASK, "ept", 0, backbone, data, tmp_path / "stopped", **options)
+    resumed = train(TASK, method, 0, backbone, data, tmp_path / "stopped", **options)
     assert steps[stop_at] == (stop_at - 1) // 2 * 2, "the second run goes on from the last checkpoint"
     for name in ("adapter_model.safetensors", "adapter_config.json", "training.json", "history.csv"):
         assert (whole.adapter_dir / name).read_bytes() == (resumed.adapter_dir / name).read_bytes(), name
