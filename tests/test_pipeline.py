@@ -43,7 +43,8 @@ PARAMETERS = {
     "profile": "embedded", "root": ".", "here": "",
     "backbone": {"name": "embedded"},
     "data": {"source": "embedded", "depends": "data", "subsample": {"validation": 16, "test": 24}},
-    "grid": {"methods": ["pt", "ept"], "seeds": [0]},
+    "grid": {"methods": ["pt", "ept"], "seeds": [0], "transfer": [], "sources": []},
+    "search": {"factors": [1], "steps": 2, "seed": 0},
     "training": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "prompt_length": 60, "short_length": 8, "max_length": 96},
     "methods": {"pt": {}, "ept": {}},
 }  # fmt: skip
@@ -84,8 +85,12 @@ class Clone:
 
     def reproduce(self, jobs=2):
         """Stages that `make reproduce` has run."""
+        return sorted(set(self.order(jobs)))
+
+    def order(self, jobs=2):
+        """The same, in the order in which they have begun; twice, what was run twice."""
         text = self.call("nbs/pipelines/reproduce.py", "--jobs", str(jobs))
-        return sorted({stage.removeprefix("tasks/").replace("/dvc.yaml:", ":") for stage in re.findall(r"Running stage '([^']+)'", text)})
+        return [stage.removeprefix("tasks/").replace("/dvc.yaml:", ":").removeprefix("dvc.yaml:") for stage in re.findall(r"Running stage '([^']+)'", text)]
 
     def files(self, folder):
         base = self.root / folder
@@ -117,7 +122,7 @@ def test_mistakes_are_named_before_anything_runs(arguments, message):
 def test_help_lists_every_stage_and_parameter():
     done = ask("--help")
     assert done.returncode == 0
-    for word in ("prepare:", "backbone:", "train:", "evaluate:", "report:", "--profile-file", "--task", "--method", "--seed"):
+    for word in ("prepare:", "backbone:", "search:", "source:", "train:", "evaluate:", "report:", "--profile-file", "--task", "--method", "--seed"):
         assert word in done.stdout
 
 
@@ -151,7 +156,7 @@ def test_dvc_pull_brings_the_data_and_misses_nothing(clone):
 
 @pytest.mark.slow
 def test_one_command_makes_everything(clone):
-    runs = [f"{t}:{s}@{m}-0" for t in TASKS for s in ("train", "evaluate") for m in ("pt", "ept")]
+    runs = [f"{t}:{s}" for t in TASKS for m in ("pt", "ept") for s in (f"search@{m}", f"train@{m}-0", f"evaluate@{m}-0")]
     assert clone.first == sorted(["backbone", "report", *(f"{t}:prepare" for t in TASKS), *runs])
     assert (clone.root / "data" / "glue").is_dir(), "dvc pull has brought the data from the remote inside the repository"
     for key in KEYS:
@@ -159,6 +164,9 @@ def test_one_command_makes_everything(clone):
         assert f"{record['task']}-{record['method']}-{record['seed']}" == key and record["n"] == 24
         assert {"backbone", "config", "score", "majority_score", "trainable_parameters", "chosen_step", "packages", "code"} <= set(record)
         assert all(metric["n"] for metric in record["metrics"].values())
+        assert record["config"]["search"] == {"factor": 1.0, "factors": [1.0]}
+        found = json.loads((clone.root / f"results/embedded/search/{record['task']}-{record['method']}.json").read_text())
+        assert (found["factor"], found["tried"], found["steps"]) == (1.0, [], 0), "one factor: nothing is tried"
         cost = json.loads((clone.root / f"results/embedded/costs/{key}.json").read_text())
         assert {"train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes", "device", "precision"} <= set(cost)
     report = clone.files("results/embedded/report")
@@ -189,7 +197,7 @@ def test_one_learning_rate_of_one_task_runs_that_task_alone(clone):
     before = clone.files("results/embedded/scores")
     (clone.root / "tasks" / "cb" / "params.yaml").write_text("task: cb\noverrides: {learning_rate: 0.1}\n")
     ran = clone.reproduce()
-    assert ran == sorted([*(f"cb:{s}@{m}-0" for s in ("train", "evaluate") for m in ("pt", "ept")), "report"])
+    assert ran == sorted([*(f"cb:{s}" for m in ("pt", "ept") for s in (f"search@{m}", f"train@{m}-0", f"evaluate@{m}-0")), "report"])
     after = clone.files("results/embedded/scores")
     assert all(after[f"{key}.json"] == before[f"{key}.json"] for key in KEYS if key.startswith("cola"))
     assert json.loads(after["cb-pt-0.json"])["config"]["training"]["learning_rate"] == 0.1
@@ -202,6 +210,106 @@ def test_settings_change_nothing(clone):
     with open(clone.root / "settings.ini", "a") as file:
         file.write("\n# touched\n")
     assert clone.reproduce(jobs=1) == []
+
+
+# ---- learning rates and sources -----------------------------------------------------------------------------------------
+
+WITH_TRANSFER = {
+    **PARAMETERS,
+    "grid": {"methods": ["frozen", "pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]},
+    "search": {"factors": [0.5, 1, 2], "steps": 2, "seed": 0},
+    "methods": {"frozen": {}, "pt": {}, "spot": {}},
+}  # fmt: skip
+
+
+def search(clone, key):
+    return json.loads((clone.root / f"results/embedded/search/{key}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def transfers(clone):
+    """The stages of a grid with a search and with a method that starts from other tasks, in their order."""
+    clone.write(WITH_TRANSFER)
+    yield clone.order()
+    clone.write(PARAMETERS)
+
+
+@pytest.mark.slow
+def test_sources_are_trained_once_and_first(clone, transfers):
+    assert len(transfers) == len(set(transfers)), "nothing is run twice"
+    kept, starts = {f"source@{t}-0" for t in TASKS}, {f"{t}:search-transfer@spot" for t in TASKS}
+    assert kept | starts | {f"{t}:{s}-transfer@spot-0" for t in TASKS for s in ("train", "evaluate")} <= set(transfers)
+    at = transfers.index
+    assert max(at(s) for s in kept) < min(at(s) for s in starts)
+    for task in TASKS:
+        assert f"{task}:train@pt-0" not in transfers or at(f"{task}:train@pt-0") < at(f"source@{task}-0")
+        assert at(f"{task}:search-transfer@spot") < at(f"{task}:train-transfer@spot-0")
+    for task, other in (TASKS, TASKS[::-1]):
+        record = json.loads((clone.root / f"results/embedded/scores/{task}-spot-0.json").read_text())
+        assert list(record["config"]["source_prompts"]) == [other]
+        kept = clone.files(f"runs/embedded/sources/0/{other}")
+        assert set(kept) == {"adapter_config.json", "adapter_model.safetensors"}
+        assert all(clone.files(f"runs/embedded/adapters/{other}-pt-0")[name] == content for name, content in kept.items())
+
+
+@pytest.mark.slow
+def test_the_search_is_written_down_and_used(clone, transfers):
+    for task in TASKS:
+        for method in ("pt", "spot"):
+            found = search(clone, f"{task}-{method}")
+            scores = {t["factor"]: t["validation_score"] for t in found["tried"]}
+            assert list(scores) == [0.5, 1.0, 2.0] and scores[found["factor"]] == max(scores.values())
+            config = json.loads((clone.root / f"results/embedded/scores/{task}-{method}-0.json").read_text())["config"]
+            assert config["search"] == {"factor": found["factor"], "factors": [0.5, 1.0, 2.0]}
+            base = 0.1 if task == "cb" else 0.3  # an earlier test has changed cb's
+            assert config["training"]["learning_rate"] == base * found["factor"] and config["training"]["steps"] == 4
+        assert search(clone, f"{task}-frozen")["tried"] == [], "nothing is trained, so nothing is tried"
+
+
+@pytest.mark.slow
+def test_a_second_time_searches_and_transfers_nothing(clone, transfers):
+    assert clone.reproduce(jobs=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("poison", [b"this is no parquet file", None], ids=["poisoned", "missing"])
+def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
+    test, record = clone.root / "runs/embedded/data/cb/test.parquet", clone.root / "results/embedded/search/cb-pt.json"
+    kept, before = test.read_bytes(), record.read_bytes()
+    record.unlink()
+    try:
+        test.unlink() if poison is None else test.write_bytes(poison)
+        clone.run("search", "--task", "cb", "--method", "pt")
+    finally:
+        test.write_bytes(kept)
+    assert record.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
+    """The rate of one source task: everything on that task, and of the other task only what starts from it."""
+    (clone.root / "tasks" / "cb" / "params.yaml").write_text("task: cb\noverrides: {learning_rate: 0.2}\n")
+    ran = clone.order()
+    on_cola = sorted(stage for stage in set(ran) if stage.startswith("cola:"))
+    assert on_cola[-2:] == ["cola:search-transfer@spot", "cola:train-transfer@spot-0"] and set(on_cola[:-2]) <= {"cola:evaluate-transfer@spot-0"}
+    assert {"source@cb-0", "cb:search@pt", "cb:train@pt-0", "cb:search-transfer@spot", "cb:train-transfer@spot-0"} <= set(ran)
+    assert "source@cola-0" not in ran and ran.index("source@cb-0") < ran.index("cola:train-transfer@spot-0")
+    assert clone.reproduce(jobs=1) == []
+
+
+@pytest.mark.slow
+def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transfers):
+    clone.write({**WITH_TRANSFER, "grid": {"methods": ["pt", "spot"], "seeds": [0], "transfer": [], "sources": []}})
+    answer = clone.run("train", "--task", "cb", "--method", "spot", fails=True)
+    assert "method 'spot' starts from prompts of other tasks; list it in grid.transfer" in answer
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
+def test_training_without_a_search_says_what_to_do(clone, transfers):
+    clone.write({**WITH_TRANSFER, "methods": {**WITH_TRANSFER["methods"], "bitfit": {}}})
+    assert "run the search stage of cb-bitfit first" in clone.run("train", "--task", "cb", "--method", "bitfit", fails=True)
+    clone.write(WITH_TRANSFER)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ept.methods import METHODS
 from ept.profiles import check, load_profile
 from ept.synthetic import write_datasets
 from ept.tasks import TASKS
@@ -94,7 +95,10 @@ def test_pipeline_notebook_has_parameters_kernel_and_no_outputs(notebook):
 
 
 def test_the_pipeline_has_one_notebook_for_each_stage():
-    assert {p.stem for p in PIPELINE} == set(GRID)
+    assert {p.stem for p in PIPELINE} == {stage.removesuffix("-transfer") for stage in GRID}
+    for stage, body in GRID.items():
+        notebook = stage.removesuffix("-transfer")
+        assert f"run.py {notebook} " in body["cmd"] and f"nbs/pipelines/{notebook}.ipynb" in body["deps"]
 
 
 # ---- modules ------------------------------------------------------------------------------------------------------------
@@ -133,7 +137,7 @@ def watched(stage):
     return {Path(d).stem for d in GRID[stage]["deps"] if d.startswith("ept/")}
 
 
-@pytest.mark.parametrize("stage", ["prepare", "backbone", "train", "evaluate", "report"])
+@pytest.mark.parametrize("stage", GRID)
 def test_stage_watches_what_its_modules_import(stage):
     """Every module that a watched module imports at its top is watched as well. Exceptions: the grammar behind the embedded
     data, which the pipeline reads from files; for the report, the glue that finds the records; and the tasks where a
@@ -148,11 +152,33 @@ def test_a_stage_watches_no_more_than_it_needs():
     everything = set(MODULES)
     assert not watched("train") & {"results", "figures", "records", "evaluation", "synthetic", "pretraining"}
     assert not watched("evaluate") & {"results", "figures", "training", "synthetic", "pretraining"}
+    assert not watched("source") & {"model", "training"}
+    assert watched("search") == watched("train")
     assert watched("report") == {"results", "figures"}
     assert all(watched(stage) <= everything for stage in GRID)
     parameters = {stage: [f"{Path(file).parent.name}:{n}" for entry in GRID[stage].get("params", []) for file, names in entry.items() for n in names] for stage in GRID}
-    assert parameters["train"] == [":training", ":methods.${item.method}", "${task}:overrides"]
-    assert parameters["evaluate"] == []
+    own = [":training", ":methods.${item.method}", "${task}:overrides"]
+    assert parameters["train"] == own and parameters["search"] == [":search", *own]
+    assert parameters["evaluate"] == parameters["source"] == []
+
+
+def test_a_transfer_is_an_ordinary_run_that_waits_for_its_sources():
+    for stage, seed in (("search", "search.seed"), ("train", "item.seed")):
+        plain, transfer = GRID[stage], GRID[f"{stage}-transfer"]
+        assert transfer["deps"] == [f"runs/${{profile}}/sources/${{{seed}}}", *plain["deps"]]
+    for stage in ("search", "train", "evaluate"):
+        plain, transfer = GRID[stage], GRID[f"{stage}-transfer"]
+        assert transfer["matrix"] == plain["matrix"] | {"method": "${grid.transfer}"}
+        for part in set(plain) - {"matrix", "deps"}:
+            assert transfer[part] == plain[part], f"{stage}: {part}"
+    assert GRID["evaluate-transfer"]["deps"] == GRID["evaluate"]["deps"]
+    assert GRID["source"]["outs"] == [{"runs/${profile}/sources/${item.seed}/${item.task}": {"cache": False}}]
+
+
+def test_the_search_depends_on_no_test_split():
+    rows = {d.removeprefix("runs/${profile}/data/") for d in GRID["search"]["deps"] if "/data/" in d}
+    assert rows == {"${task}/train.parquet", "${task}/validation.parquet"}
+    assert not any(re.search(r"/(scores|predictions|adapters)/", d) for d in GRID["search"]["deps"])
 
 
 def test_dvc_pull_has_only_the_data_to_bring():
@@ -172,7 +198,10 @@ def test_no_result_depends_on_costs_notebooks_or_settings():
 def test_profile_is_sound(profile):
     read = check(load_profile(PROFILES[profile]))
     assert read.profile == profile
-    assert list(read.tasks) == list(TASKS), "every task has a folder"
+    expected = {"smollm2": ["sst2", "stsb", "mrpc", "rte", "cola", "cb"]}.get(profile, list(TASKS))
+    assert list(read.tasks) == expected, "every task of the grid has a folder, and no other"
+    listed = yaml.safe_load(PROFILES[profile].read_text())
+    assert {"transfer", "sources"} <= set(listed["grid"]) and {"factors", "seed"} <= set(listed["search"]), "DVC reads them too"
     assert (PROFILES[profile].parent / read.root).resolve() == ROOT
     assert (ROOT / read.here / "params.yaml").resolve() == PROFILES[profile]
     links = {PROFILES[profile].parent / "tasks" / task / "dvc.yaml": ROOT / "tasks" / "pipeline.yaml" for task in read.tasks}
@@ -182,18 +211,68 @@ def test_profile_is_sound(profile):
         assert link.is_symlink() and not Path(os.readlink(link)).is_absolute() and link.resolve() == target
 
 
-def test_the_three_profiles_are_there():
-    assert {"embedded", "smollm2", "paper"} <= set(PROFILES)
+def test_the_profiles_are_there():
+    assert {"embedded", "embedded-full", "smollm2", "paper"} <= set(PROFILES)
 
 
-def test_grid_is_the_product_of_the_lists():
-    """What DVC makes of dvc.yaml is what the parameter file says (the embedded profile, read by DVC itself)."""
-    profile = load_profile(PROFILES["embedded"])
-    files = ["dvc.yaml", *(f"tasks/{task}/dvc.yaml" for task in profile.grid.tasks)]
+def test_the_full_grid_is_the_embedded_one_with_every_method():
+    short, full, paper = (load_profile(PROFILES[name]) for name in ("embedded", "embedded-full", "paper"))
+    assert (full.backbone, full.data, full.tasks) == (short.backbone, short.data, short.tasks)
+    assert {name: full.training[name] for name in short.training} == short.training
+    assert set(full.grid.methods) == set(METHODS) and set(paper.grid.methods) == set(METHODS) - {"frozen"}
+    assert (full.grid.methods.count("ept"), len(full.grid.seeds), len(full.search.factors)) == (1, 2, 3)
+    assert (short.grid.methods, short.grid.seeds, short.search.factors) == (("frozen", "pt", "ept"), (0,), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ([], "status dvc.yaml"),
+        (["GRID=full"], "status profiles/embedded-full/dvc.yaml"),
+        (["GRID=full", "PROFILE=embedded"], "status profiles/embedded-full/dvc.yaml"),
+        (["GRID=full", "PROFILE=paper"], "GRID=full belongs to PROFILE=embedded"),
+        (["GRID=ful"], "known grids: short, full"),
+    ],
+)
+def test_make_knows_the_grids(arguments, answer):
+    done = subprocess.run(["make", "-n", "status", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert answer in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_jobs_share_the_grid(profile):
+    """Every stage once, sources before all that starts from them, and as much for one job as for another."""
+    sys.path.insert(0, str(ROOT / "nbs" / "pipelines"))
+    try:
+        from reproduce import targets
+    finally:
+        sys.path.pop(0)
+    read = load_profile(PROFILES[profile])
+    rows, (first, rest) = targets(read)
+    stages = [*rows, *(s for _, block in (*first, *rest) for s in block)]
+    runs, pairs, kept = len(read.runs()), len(read.tasks) * len(read.grid.methods), len(read.grid.sources) * len(read.grid.seeds)
+    assert len(set(stages)) == len(stages) == len(read.tasks) + pairs + 2 * runs + kept
+    assert sum("source@" in s for _, block in first for s in block) == kept
+    assert not any("-transfer@" in s for _, block in first for s in block)
+    for method in read.grid.methods:
+        shares = [sum(f"search@{method}" in s or f"search-transfer@{method}" in s for i, b in rest if i % 2 == job for s in b) for job in (0, 1)]
+        assert abs(shares[0] - shares[1]) <= (3 if method == "pt" and read.grid.sources else 1), method
+
+
+@pytest.mark.parametrize("name", ["embedded", "embedded-full"])
+def test_grid_is_the_product_of_the_lists(name):
+    """What DVC makes of dvc.yaml is what the parameter file says, read by DVC itself."""
+    profile = load_profile(PROFILES[name])
+    grid, here = profile.grid, profile.here
+    files = [f"{here}dvc.yaml", *(f"{here}tasks/{task}/dvc.yaml" for task in grid.tasks)]
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", *files, "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
-    runs = [f"{m}-{s}" for m in profile.grid.methods for s in profile.grid.seeds]
-    expected = ["backbone", "report", *(f"tasks/{t}/dvc.yaml:prepare" for t in profile.grid.tasks)]
-    expected += [f"tasks/{t}/dvc.yaml:{stage}@{run}" for t in profile.grid.tasks for stage in ("train", "evaluate") for run in runs]
+    expected = ["backbone", "report", *(f"source@{t}-{s}" for t in grid.sources for s in grid.seeds)]
+    expected = [f"{here}dvc.yaml:{stage}" if here else stage for stage in expected]
+    for run in profile.runs():
+        kind = "-transfer" if run.method in grid.transfer else ""
+        expected += [f"{here}tasks/{run.task}/dvc.yaml:{stage}{kind}@{run.method}-{run.seed}" for stage in ("train", "evaluate")]
+        expected += [f"{here}tasks/{run.task}/dvc.yaml:search{kind}@{run.method}"] if run.seed == grid.seeds[0] else []
+    expected += [f"{here}tasks/{task}/dvc.yaml:prepare" for task in grid.tasks]
     assert sorted(listed.stdout.split()) == sorted(expected)
     for stage in ("train", "evaluate"):
         assert GRID[stage]["matrix"] == {"method": "${grid.methods}", "seed": "${grid.seeds}"}

@@ -24,11 +24,26 @@ def profiles():
 
 
 def targets(profile):
-    "Names of the stages that make rows, and for every run of the grid those of its training and its evaluation."
+    """Names of the stages: those that make rows, then two rounds of blocks that may run side by side.
+
+    A block is a task and a method: its search, then training and evaluation for each seed. The first round makes the prompts
+    from which other runs start; it is empty where none do. Each block comes with a number: dealt out by it, every job gets a
+    method on as many tasks as the others, so that no job has all the slow ones.
+    """
+    grid = profile.grid
     file = lambda task: f"{profile.here}tasks/{task}/dvc.yaml"
-    rows = [f"{file(task)}:prepare" for task in profile.grid.tasks]
-    runs = [[f"{file(r.task)}:{stage}@{r.method}-{r.seed}" for stage in ("train", "evaluate")] for r in profile.runs()]
-    return rows, runs
+
+    def block(task, method):
+        kind = "-transfer" if method in grid.transfer else ""
+        runs = [f"{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate")]
+        return [f"{file(task)}:{stage}" for stage in (f"search{kind}@{method}", *runs)]
+
+    sources = grid.sources if grid.transfer else ()
+    keep = lambda task: [f"{profile.here}dvc.yaml:source@{task}-{seed}" for seed in grid.seeds]
+    first = [(i, block(task, "pt") + keep(task)) for i, task in enumerate(sources)]
+    pairs = [(i + j, task, method) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
+    rest = [(i, block(task, method)) for i, task, method in pairs if not (method == "pt" and task in sources)]
+    return [f"{file(task)}:prepare" for task in grid.tasks], (first, rest)
 
 
 @contextmanager
@@ -78,8 +93,8 @@ def main(arguments=None):
 
 def run_grid(jobs, profile, environment, dvc):
     "Bring the grid up to date with some jobs at a time; the exit status."
-    file, (rows, runs) = f"{profile.here}dvc.yaml", targets(profile)
-    jobs = max(1, min(jobs, len(runs)))
+    file, (rows, rounds) = f"{profile.here}dvc.yaml", targets(profile)
+    jobs = max(1, min(jobs, len(rounds[-1])))
     if jobs == 1:
         return dvc("repro", file)
     if failed := dvc("repro", f"{file}:backbone"):
@@ -89,8 +104,11 @@ def run_grid(jobs, profile, environment, dvc):
     with warm(environment) as address:
         environment |= {"EPT_WARM": address} if address else {}
         start = lambda stages: subprocess.Popen([*DVC, "repro", "--single-item", *stages], cwd=ROOT, env=environment)
-        running = [] if start(rows).wait() else [start(sum(runs[i::jobs], [])) for i in range(jobs)]
-        if not running or any([process.wait() for process in running]):
+        failed = start(rows).wait()
+        for blocks in () if failed else rounds:
+            shares = [sum((stages for i, stages in blocks if i % jobs == job), []) for job in range(jobs)]
+            failed = failed or any([process.wait() for process in [start(stages) for stages in shares if stages]])
+        if failed:
             print("a job has failed, see above; an ordinary pass finishes the rest:", file=sys.stderr, flush=True)
     return dvc("repro", file)
 
