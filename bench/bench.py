@@ -107,8 +107,10 @@ def bench_shape(shape, options, say):
     common = {"shape": shape, "folder": str(folder), "batch_size": size, "steps": options.steps, "warm_up": 1}
     lengths = options.lengths
     trained = measure_rounds("train", TRAINED, options.rounds, say, lengths=lengths, **common)
+    prompts = measure_rounds("prompt", ["pt", "dept", "ept"], options.rounds, say, **common)
     scored = measure_rounds("infer", SCORED, options.rounds, say, lengths=lengths, **common)
     found = {"batch_size": size, "train": {}, "score": {}, "per_1000_examples": {}, "streams": {}}
+    found["prompt_seconds"] = {name: spread([s for a in answers for s in a["prompt_seconds"]]) for name, answers in prompts.items()}
     for name, answers in trained.items():
         found["train"][name] = {
             "step_seconds": per_length(answers, "step_seconds"),
