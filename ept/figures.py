@@ -57,7 +57,7 @@ def to_svg(
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
-# %% ../nbs/61_figures.ipynb #44504b0d
+# %% ../nbs/61_figures.ipynb #93187c86
 def plot_scores(
     table: ScoreTable,
     columns: int = 4,
@@ -83,6 +83,7 @@ def _score_panel(panel, table, task, looks):
     "One task: an interval a method, a tick a seed."
     panel.set_title(_title(table, task), fontsize=8.5)
     panel.tick_params(labelsize=7.5, length=2)
+    panel.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
     known = table.cells[table.cells["task"] == task]["majority_score"].max()
     if not math.isnan(known):
         panel.axvline(known, color="#555555", linewidth=1, linestyle=(0, (4, 2)), zorder=1)
@@ -104,7 +105,7 @@ def _title(table, task):
     names = table.cells[table.cells["task"] == task]["metric"].dropna()
     return f"{task} ({names.iloc[0]})" if len(names) else task
 
-# %% ../nbs/61_figures.ipynb #3287c193
+# %% ../nbs/61_figures.ipynb #32e12be5
 DIRECTIONS = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1)]
 
 
@@ -113,6 +114,7 @@ def label_points(
     points: dict[str, tuple[float, float]],  # name -> place in data
     colors: dict[str, str],
     avoid: list[float] = (),  # heights of lines across the axes
+    bars: dict[str, tuple[float, float]] = {},  # upright lines through points, from and to
 ) -> dict[str, Bbox]:  # name -> box in pixels; no two overlap
     "Write names beside points, none on another name or point."
     figure = axes.figure
@@ -123,6 +125,9 @@ def label_points(
     taken = [Bbox.from_bounds(x - 4 * unit, y - 4 * unit, 8 * unit, 8 * unit) for x, y in spots.values()]
     lines = [axes.transData.transform((0.0 if axes.get_xscale() != "log" else 1.0, y))[1] for y in avoid]
     taken += [Bbox.from_extents(inside.x0, y - unit, inside.x1, y + unit) for y in lines]
+    for name, ends in bars.items():
+        (x, low), (_, high) = (axes.transData.transform((points[name][0], y)) for y in ends)
+        taken.append(Bbox.from_extents(x - unit, low, x + unit, high))
     placed = {}
     for name in sorted(points, key=lambda n: (-spots[n][1], n)):
         text = axes.annotate(name, points[name], xytext=(0, 0), textcoords="offset points", ha="center", va="center", fontsize=7.5, zorder=6, annotation_clip=False, color="#222222",
@@ -148,7 +153,7 @@ def _free_place(spot, width, height, taken, inside, unit):
                 return move, box, radius == 6
     return move, box, False
 
-# %% ../nbs/61_figures.ipynb #dc9d4ff7
+# %% ../nbs/61_figures.ipynb #10ee6f3f
 def _plot_cost(table, column, label, log):
     "Mean score against a cost; a method without that cost is a line across."
     found, looks = table.overall().set_index("method").dropna(subset=["score", column]), look(table.methods)
@@ -178,7 +183,8 @@ def _plot_cost(table, column, label, log):
         axes.margins(y=0.12)
         axes.set_xlabel(label)
         axes.set_ylabel(f"mean test score of {len(table.common)} tasks, percent")
-        label_points(axes, {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}, found[found[column] == 0]["score"].tolist())
+        label_points(axes, {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}, found[found[column] == 0]["score"].tolist(),
+                     {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])})
     return figure
 
 
@@ -229,12 +235,12 @@ def plot_ranks(
         axes.set_xlabel(f"rank over {len(placed)} tasks, 1 is best; marker and bar: mean ± standard deviation")
     return figure
 
-# %% ../nbs/61_figures.ipynb #eeec577a
+# %% ../nbs/61_figures.ipynb #422ef011
 def _forest(axes, rows, looks):
-    "Differences with intervals: rows are (label, value, low, high, look); hollow where the interval holds zero."
+    "Differences with intervals: rows are (label, value, low, high, verdict, look); a tie is hollow."
     axes.axvline(0, color="#444444", linewidth=1, zorder=1)
-    for y, (_, value, low, high, name) in enumerate(rows):
-        style, open_ = looks[name], not (low > 0 or high < 0)
+    for y, (_, value, low, high, verdict, name) in enumerate(rows):
+        style, open_ = looks[name], verdict not in ("win", "loss")
         if not math.isnan(low):
             axes.plot([low, high], [y, y], color=style["color"], linewidth=1.5, zorder=2, solid_capstyle="butt")
         if not math.isnan(value):
@@ -256,14 +262,14 @@ def plot_comparison(
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 1.0 + 0.26 * len(found)))
         axes = figure.add_subplot()
-        _forest(axes, [(r.method, r.difference, r.low, r.high, r.method) for r in found.itertuples()], look(table.methods))
+        _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods))
         axes.text(1.01, -0.7, "win / tie / loss", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
         for y, row in enumerate(found.itertuples()):
             axes.text(1.01, y, f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {row.tasks} tasks"), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.set_xlabel(f"points that {method} is ahead, mean over tasks; hollow: the interval holds zero")
+        axes.set_xlabel(f"points that {method} is ahead, mean over tasks; hollow: a tie")
     return figure
 
-# %% ../nbs/61_figures.ipynb #e50f4009
+# %% ../nbs/61_figures.ipynb #b1731416
 def plot_ablations(
     table: ScoreTable,
 ) -> Figure | None:  # None without `ept` or without ablations
@@ -274,19 +280,19 @@ def plot_ablations(
     others = [m for m in others if (found["method"] == m).any()]
     if not others:
         return None
-    looks, nothing = look(table.methods), (math.nan,) * 3
+    looks, nothing = look(table.methods), (math.nan,) * 3 + ("",)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
         panels = figure.subplots(1, len(others), squeeze=False, sharey=True, sharex=True).ravel()
         for panel, other in zip(panels, others):
             own = found[found["method"] == other].set_index("task")
-            rows = [(t, *(own.loc[t, ["difference", "low", "high"]].astype(float) if t in own.index else nothing), other) for t in table.tasks]
+            rows = [(t, *(own.loc[t, ["difference", "low", "high", "verdict"]] if t in own.index else nothing), other) for t in table.tasks]
             mean = table.difference("ept", other)
-            _forest(panel, [*rows, ("mean", mean.value, mean.low, mean.high, other)], looks)
+            _forest(panel, [*rows, ("mean", mean.value, mean.low, mean.high, mean.verdict, other)], looks)
             panel.axhline(len(rows) - 0.5, color="#bbbbbb", linewidth=0.8)
             panel.set_title("both parts (dept)" if other == "dept" else other.removeprefix("ept-").replace("no-", "without ").replace("-", " "), fontsize=8.5)
             panel.tick_params(labelsize=8, length=2)
-        figure.supxlabel("points that ept is ahead; hollow: the interval holds zero", fontsize=9)
+        figure.supxlabel("points that ept is ahead; hollow: a tie", fontsize=9)
     return figure
 
 # %% ../nbs/61_figures.ipynb #a8e4ebcf

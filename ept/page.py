@@ -19,7 +19,7 @@ from .settings import write_atomic
 from .statistics import DRAWS
 from .tables import comparison_table, conditions, frames, overall_table, score_table, turned_table, ungrouped
 
-# %% ../nbs/62_page.ipynb #adeb33f7
+# %% ../nbs/62_page.ipynb #ae2a5ec3
 def _points(found):
     "A difference with its interval."
     around = "" if math.isnan(found.low) else f" (95 % interval {found.low:+.1f} to {found.high:+.1f})"
@@ -55,7 +55,7 @@ def _tested(table):
     many = len(found)
     others = f"the {many} comparison methods" if many > 1 else f"`{found['method'].iloc[0]}`"
     if many == 1:
-        row, stands = found.iloc[0], lambda p: "cannot be tested" if math.isnan(p) else f"{'counts' if p < 0.05 else 'does not count'} (p = {p:.3f})"
+        row, stands = found.iloc[0], lambda p: "cannot be tested" if math.isnan(p) else f"{'counts' if p < 0.05 else 'does not count'} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
         return (f"Against {others}, `ept` is at {row['difference']:+.1f} points. The difference {stands(row['bootstrap_holm'])} in the bootstrap over test examples "
                 f"and {stands(row['wilcoxon_tasks_holm'])} in Wilcoxon's test over tasks. "
                 f"Task by task: {_many(row['wins'], 'win')}, {_many(row['ties'], 'tie')}, {row['losses']} {'loss' if row['losses'] == 1 else 'losses'}.")  # fmt: skip
@@ -75,15 +75,16 @@ def _improvement(table):
     most = f" {top['relative']:+.1f} % {'at most, ' if len(found) > 1 else ''}against `{top['method']}`"
     return f"Relative to the mean score of the others, `ept` is at{mean}{most}. The paper's abstract says: up to 12.9 %."
 
-# %% ../nbs/62_page.ipynb #0f819590
+# %% ../nbs/62_page.ipynb #961a9cb4
 def _consistency(table):
     "The worst gap and the spread of ranks."
     found = table.overall().dropna(subset="worst_gap").set_index("method")
     if "ept" not in found.index or len(found) < 2:
         return ""
     own, steady = found.loc["ept"], found["worst_gap"].idxmin()
-    text = f"Consistency: at its worst `ept` is {own['worst_gap']:.1f} points behind the best method" + (f" of a task ({own['worst_gap_task']})" if own["worst_gap"] > 0 else "; it is never behind")
-    text += f"; {'no other has a smaller worst gap' if steady == 'ept' else f'the smallest worst gap is that of `{steady}`, ' + format(found.loc[steady, 'worst_gap'], '.1f')}"
+    text = f"Consistency: at its worst `ept` is {own['worst_gap']:.1f} points behind the best method of a task ({own['worst_gap_task']}); " if own["worst_gap"] > 0 else "Consistency: on no task is `ept` behind the best method"
+    other = f"the smallest worst gap is that of `{steady}`, {found.loc[steady, 'worst_gap']:.1f}" if steady != "ept" else "no other has a smaller worst gap"
+    text += other if own["worst_gap"] > 0 else ""
     return text + f". Its mean rank is {own['rank']:.1f} of {len(found)}" + (f", with a standard deviation of {own['rank_deviation']:.1f} over tasks." if not math.isnan(own["rank_deviation"]) else ".")
 
 
@@ -119,7 +120,7 @@ def findings(
     texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _doubts) if (text := question(table))]
     return first + [re.sub(r"(?<![\w-])-(?=\d)", "−", text) for text in texts]
 
-# %% ../nbs/62_page.ipynb #7bdfac96
+# %% ../nbs/62_page.ipynb #c0621300
 def protocol(
     table: ScoreTable,
 ) -> list[tuple[str, str]]:  # what, how
@@ -134,7 +135,7 @@ def protocol(
         ("Intervals", f"Percentile bootstrap, {DRAWS:,} draws of test examples, the same draws for all runs of a task, seeds jointly; rows of one question are drawn together. "
          "Where every draw gives the same accuracy, Wilson's interval. The deviation over seeds is another doubt and stands beside it."),
         ("Tests", "Two-sided. Paired bootstrap over test examples; Wilcoxon's signed-rank test over tasks and seeds and over tasks. Holm's correction within comparison methods, ablations and reference. "
-         "A tie is a difference whose paired interval holds zero."),
+         "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."),
         ("Ranks", "Among ept and the comparison methods, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
         ("Missing", "A missing run is counted and left out; means and ranks are over the tasks that all methods have, differences over the tasks and seeds that two methods share."),
     ]  # fmt: skip

@@ -125,7 +125,7 @@ def summarise(
     cells["time_of_pt"] = (cells["train_seconds"] / cells["task"].map(pt["train_seconds"].replace(0, math.nan))).where(same)
     return cells
 
-# %% ../nbs/60_results.ipynb #27030fbc
+# %% ../nbs/60_results.ipynb #fd1a6db3
 LABELS = {"embedded": "embedded: proves the machinery, says nothing about English"}
 
 
@@ -143,6 +143,7 @@ class ScoreTable:
         self.profile, self.runs, self.sweep = profile, runs, sweep
         self.tasks, self.methods, self.seeds = list(profile.grid.tasks), list(profile.grid.methods), list(profile.grid.seeds)
         self.drawn, self._compared = resample_runs(runs), {}
+        self._answers = {(r["task"], r["method"], r["seed"]): (r["predictions"], r["groups"]) for r in runs.to_dict("records") if r["predictions"] is not None}
         self.cells = summarise(runs, self.drawn)
         self._by = {(c["task"], c["method"]): c for c in self.cells.to_dict("records")}
         self._runs = {(r["task"], r["method"], r["seed"]): r["score"] for r in runs.to_dict("records") if not math.isnan(r["score"])}
@@ -171,21 +172,24 @@ class ScoreTable:
         wide = self.cells.pivot(index="task", columns="method", values="score")
         return wide.reindex(index=self.tasks, columns=methods or self.methods)
 
-# %% ../nbs/60_results.ipynb #6d83d940
+# %% ../nbs/60_results.ipynb #a5c95a4d
 def _shared(self, task, first, second):
     "Seeds that two methods both have on a task."
     return [s for s in self.seeds if (task, first, s) in self._runs and (task, second, s) in self._runs]
 
 
 def _draws_of(self, task, first, second):
-    "Value and draws of a difference on one task."
+    "Value and draws of a difference on one task, and how many units the two answer differently."
     seeds = _shared(self, task, first, second)
     if not seeds:
-        return math.nan, None
+        return math.nan, None, 0
     value = float(np.mean([self._runs[task, first, s] - self._runs[task, second, s] for s in seeds]))
     if not all((task, m, s) in self.drawn for m in (first, second) for s in seeds):
-        return value, None
-    return value, np.mean([self.drawn[task, first, s] - self.drawn[task, second, s] for s in seeds], 0)
+        return value, None, 0
+    drawn = np.mean([self.drawn[task, first, s] - self.drawn[task, second, s] for s in seeds], 0)
+    differ = np.any([self._answers[task, first, s][0] != self._answers[task, second, s][0] for s in seeds], 0)
+    groups = self._answers[task, first, seeds[0]][1]
+    return value, drawn, int(differ.sum()) if groups is None else len(np.unique(groups[differ]))
 
 
 def _difference(
@@ -195,13 +199,15 @@ def _difference(
     tasks: list[str] | None = None,  # averaged over; None is all that both have
 ) -> Difference:
     "Paired difference of two methods, a mean over tasks."
-    pairs = [(v, d) for v, d in (_draws_of(self, t, first, second) for t in (self.tasks if tasks is None else tasks)) if not math.isnan(v)]
-    if not pairs:
+    found = [self._draws_of(t, first, second) for t in (self.tasks if tasks is None else tasks)]
+    found = [f for f in found if not math.isnan(f[0])]
+    if not found:
         return Difference(math.nan, math.nan, math.nan, math.nan)
-    drawn = [] if any(d is None for _, d in pairs) else np.mean([d for _, d in pairs], 0)
-    return difference(np.mean([v for v, _ in pairs]), drawn)
+    values, drawn, differing = zip(*found)
+    return difference(np.mean(values), [] if any(d is None for d in drawn) else np.mean(drawn, 0), sum(differing))
 
 
+ScoreTable._draws_of = _draws_of
 ScoreTable.difference = _difference
 
 # %% ../nbs/60_results.ipynb #c36f4a9a
@@ -258,7 +264,7 @@ def _mean_interval(self, method):
 ScoreTable.overall, ScoreTable._mean_interval = _overall, _mean_interval
 ScoreTable.critical_difference = lambda self: critical_difference(len(self.contenders), len(self.scores(self.contenders).dropna()))
 
-# %% ../nbs/60_results.ipynb #747b9fe3
+# %% ../nbs/60_results.ipynb #dd5f3be1
 def _against(self, first, second):
     "Everything about one pair of methods."
     tasks = [t for t in self.tasks if _shared(self, t, first, second)]
@@ -270,7 +276,7 @@ def _against(self, first, second):
     found, verdicts = self.difference(first, second), [d.verdict for d in each.values()]
     return {
         "method": second, "kind": kind(second), "tasks": len(tasks), "pairs": len(runs),
-        "difference": found.value, "low": found.low, "high": found.high, "bootstrap_p": found.p,
+        "difference": found.value, "low": found.low, "high": found.high, "verdict": found.verdict, "bootstrap_p": found.p,
         "wilcoxon_p": wilcoxon(runs), "wilcoxon_tasks_p": wilcoxon([d.value for d in each.values()]),
         "wins": verdicts.count("win"), "ties": verdicts.count("tie"), "losses": verdicts.count("loss"),
         "relative": relative(np.mean(list(ours.values())), np.mean(list(theirs.values()))) if tasks else math.nan,

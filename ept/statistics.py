@@ -131,7 +131,7 @@ def interval(
     found = stats.binomtest(round(right), units).proportion_ci(LEVEL, method="wilson")
     return 100 * found.low, 100 * found.high
 
-# %% ../nbs/59_statistics.ipynb #d47a7a19
+# %% ../nbs/59_statistics.ipynb #e42ad135
 @dataclass(frozen=True)
 class Difference:
     "A difference of two scores, in points, with its paired 95 % interval."
@@ -146,12 +146,13 @@ class Difference:
         '"win", "tie" or "loss" of the first; "" where there is no interval.'
         if math.isnan(self.low):
             return ""
-        return "win" if self.low > 0 else "loss" if self.high < 0 else "tie"
+        return "tie" if self.p > 1 - LEVEL or self.low <= 0 <= self.high else "win" if self.low > 0 else "loss"
 
 
 def difference(
     value: float,  # of the two scores
     draws: np.ndarray,  # of their difference, on the same test sets, [draws]
+    differing: int | None = None,  # units that the two answer differently; None is many
 ) -> Difference:
     "Paired bootstrap over test examples (Efron & Tibshirani 1993, chapters 13 and 16)."
     draws = np.asarray(draws, float)
@@ -160,7 +161,8 @@ def difference(
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
-    return Difference(float(value), float(low), float(high), min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
+    least = 0.0 if differing is None else 2.0 ** (1 - min(differing, 1000))
+    return Difference(float(value), float(low), float(high), min(1.0, max(least, 2 * (1 + beyond) / (1 + len(draws)))))
 
 # %% ../nbs/59_statistics.ipynb #8ba4aa82
 def wilcoxon(

@@ -242,7 +242,7 @@ def overall_table(
     )
     return Table("overall", ["method", "trainable parameters", "mean score", "rank", "worst gap", "training time, pt = 1", "at the floor", "runs missing"], rows, caption)
 
-# %% ../nbs/60a_tables.ipynb #62fe5f2e
+# %% ../nbs/60a_tables.ipynb #88037723
 def _p(value):
     "A corrected p; bold below 5 %."
     return Cell("–") if math.isnan(value) else Cell("<0.001" if value < 0.001 else f"{value:.3f}", weight="best" if value < 0.05 else "")
@@ -267,7 +267,7 @@ def comparison_table(
         rows.append([name, Cell(str(row["tasks"])), points, Cell(share), largest, Cell(f"{row['wins']} / {row['ties']} / {row['losses']}"), *tests])
     caption = (
         f"`{method}` minus each method, a mean over the tasks that both have, with a paired 95 % bootstrap interval. Relative: of the mean score, in percent of the other's; "
-        "largest: on the one task where it is largest, scores below 10 left out. Win, tie, loss: tasks whose paired interval lies above, around, below zero. "
+        "largest: on the one task where it is largest, scores below 10 left out. Win, tie, loss: tasks whose paired interval lies above, around, below zero (with fewer than six test examples answered differently it is a tie). "
         "p values are two-sided and corrected for the number of comparisons (Holm, within comparison methods, ablations, reference); bold below 0.05. "
         "Bootstrap: would other test examples have told the same? Wilcoxon: is it so from task to task"
         + ("? Seeds of one task resemble each other, so the test over tasks is the stricter one." if several else "?")
