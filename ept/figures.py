@@ -105,7 +105,7 @@ def _title(table, task):
     names = table.cells[table.cells["task"] == task]["metric"].dropna()
     return f"{task} ({names.iloc[0]})" if len(names) else task
 
-# %% ../nbs/61_figures.ipynb #32e12be5
+# %% ../nbs/61_figures.ipynb #8f2a36cc
 DIRECTIONS = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1)]
 
 
@@ -134,23 +134,30 @@ def label_points(
                              path_effects=[withStroke(linewidth=1.6, foreground="white")], arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3})
         text.set_in_layout(False)
         size = mpl.text.Text.get_window_extent(text, renderer)
-        move, placed[name], near = _free_place(spots[name], size.width, size.height, taken, inside, unit)
+        move, placed[name], near = _free_place(spots[name], list(spots.values()), size.width, size.height, taken, inside, unit)
         text.set_position(tuple(move / unit))
         text.arrow_patch.set_visible(not near)
         taken.append(placed[name])
     return placed
 
 
-def _free_place(spot, width, height, taken, inside, unit):
-    "The nearest offset, in pixels, whose box is free, the box, and whether it is beside the point."
+def _apart(spot, box):
+    "Distance of a point from a box, in pixels."
+    (x, y), (low, high) = spot, (box.min, box.max)
+    return math.hypot(max(low[0] - x, 0, x - high[0]), max(low[1] - y, 0, y - high[1]))
+
+
+def _free_place(spot, others, width, height, taken, inside, unit):
+    "The nearest offset, in pixels, whose box is free and next to no other point, the box, and whether it is beside its point."
     for radius in range(6, 260, 3):
         for across, up in DIRECTIONS:
             move = np.array([across * (radius * unit + width / 2), up * (radius * unit * (0.6 if across else 1) + height / 2)])
             x, y = spot + move
             box = Bbox.from_bounds(x - width / 2 - unit, y - height / 2, width + 2 * unit, height)
             within = inside.x0 <= box.x0 and box.x1 <= inside.x1 + 30 * unit and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if within and not any(box.overlaps(other) for other in taken):
-                return move, box, radius == 6
+            own = radius > 18 or all(_apart(spot, box) <= _apart(other, box) + 0.1 for other in others)
+            if within and own and not any(box.overlaps(other) for other in taken):
+                return move, box, radius == 6 and up == 0
     return move, box, False
 
 # %% ../nbs/61_figures.ipynb #10ee6f3f
@@ -202,7 +209,7 @@ def plot_time(
     relative = table.overall()["time_of_pt"].gt(0).sum() > 1
     return _plot_cost(table, "time_of_pt", "training time, pt = 1", log=False) if relative else _plot_cost(table, "train_seconds", "training time of a run, seconds", log=False)
 
-# %% ../nbs/61_figures.ipynb #286901e8
+# %% ../nbs/61_figures.ipynb #2230b417
 def plot_ranks(
     table: ScoreTable,
 ) -> Figure | None:  # None for fewer than two methods, or where no task has all of them
@@ -222,7 +229,7 @@ def plot_ranks(
             axes.plot(counts.index, [y] * len(counts), linestyle="", marker="|", markersize=7, markeredgewidth=0.8, color="#999999", zorder=2)
             if not math.isnan(deviation):
                 axes.plot(np.clip([mean - deviation, mean + deviation], 1, len(order)), [y, y], color=looks[method]["color"], linewidth=2.2, alpha=0.55, zorder=3, solid_capstyle="butt")
-            axes.plot(mean, y, linestyle="", marker=looks[method]["marker"], color=looks[method]["color"], markersize=7, markeredgecolor="white", zorder=4)
+            axes.plot(mean, y, linestyle="", marker=looks[method]["marker"], color=looks[method]["color"], markersize=7.5, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
             axes.text(1.01, y, f"{mean:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         critical = table.critical_difference()
         if critical <= len(order) - 1:
