@@ -143,7 +143,7 @@ def protocol(
         found.append(("Grouping", f"The records of {', '.join(loose)} do not say which rows belong to one question: its rows were drawn one by one."))
     return found
 
-# %% ../nbs/62_page.ipynb #f2e4f22c
+# %% ../nbs/62_page.ipynb #66bb34bc
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
@@ -164,7 +164,7 @@ thead th {{ border-bottom: 2px solid #444; font-weight: 600; vertical-align: bot
 tbody tr:hover > * {{ background: #fafaf6 }} sup {{ font-size: .8em; line-height: 0 }}
 figure {{ margin: 0 }} figure svg {{ max-width: 100%; height: auto }} figcaption {{ color: var(--soft); font-size: .88rem; max-width: 52rem; margin-top: .3rem }}
 dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.2rem; font-size: .92rem }} dt {{ font-weight: 600 }} dd {{ margin: 0; max-width: 52rem }}
-@media print {{ @page {{ margin: 12mm }} body {{ margin: 0; max-width: none; font-size: 9.5pt }} figure, tr {{ break-inside: avoid }} h2, h3 {{ break-after: avoid }} nav {{ display: none }} .wide {{ overflow: visible }} table {{ font-size: 7pt; min-width: 0 }} .dense {{ font-size: 5.6pt }} th, td, .dense th, .dense td {{ padding: .08rem .16rem }} }}
+@media print {{ @page {{ margin: 12mm }} body {{ margin: 0; max-width: none; font-size: 9.5pt }} figure, tr {{ break-inside: avoid }} h2, h3 {{ break-after: avoid }} nav {{ display: none }} .wide {{ overflow: visible }} table {{ font-size: 8pt; min-width: 0 }} .dense {{ font-size: 6.8pt }} th, td, .dense th, .dense td {{ padding: .08rem .16rem }} }}
 </style></head><body>
 <h1>{title}</h1><p class="lead">{lead}</p>
 <nav><a href="#findings">Findings</a><a href="#tables">Tables</a><a href="#figures">Figures</a><a href="#protocol">Protocol</a></nav>
