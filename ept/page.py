@@ -19,7 +19,7 @@ from .settings import write_atomic
 from .statistics import DRAWS
 from .tables import comparison_table, conditions, frames, overall_table, score_table, turned_table, ungrouped
 
-# %% ../nbs/62_page.ipynb #ae2a5ec3
+# %% ../nbs/62_page.ipynb #e22b8917
 def _points(found):
     "A difference with its interval."
     around = "" if math.isnan(found.low) else f" (95 % interval {found.low:+.1f} to {found.high:+.1f})"
@@ -40,7 +40,7 @@ def _leader(table):
     found = table.difference(first, second, table.common)
     text = f"`{first}` has the highest mean score of {len(scores)} methods over {_many(len(table.common), 'task')}, {scores.iloc[0]:.1f}; next is `{second}` with {scores.iloc[1]:.1f}, a difference of {_points(found)}."
     text += "" if found.verdict == "win" else " The interval is wider than the gap: which of the two leads is open."
-    if "ept" in scores and "ept" != first:
+    if "ept" in scores and "ept" not in (first, second):
         text += f" `ept` is number {list(scores.index).index('ept') + 1} with {scores['ept']:.1f}."
     return text
 

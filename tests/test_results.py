@@ -536,7 +536,7 @@ def test_findings_follow_the_numbers(tmp_path):
     for task in ("cola", "cb"):
         write(tmp_path, p, f"{task}-ept-0", 59)
     text = " ".join(findings(read(p, tmp_path)))
-    assert "`pt` has the highest mean score" in text and "which of the two leads is open" in text and "`ept` is number 2" in text
+    assert "`pt` has the highest mean score" in text and "next is `ept`" in text and "which of the two leads is open" in text
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------------
