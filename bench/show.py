@@ -134,7 +134,7 @@ def draw(file):
 def main(arguments):
     file = Path(arguments[0])
     print(show(file))
-    if "--readme" in arguments:
+    if "--readme" in arguments:  # the figure and the tables of one machine
         draw(file)
         readme = HERE / "README.md"
         before, rest = readme.read_text().split(START)
