@@ -29,7 +29,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  PROFILE=embedded (default), smollm2, paper; JOBS=2 runs of the grid at a time"
-	@echo "  GRID=full: all methods of PROFILE=embedded on two seeds, with a search for learning rates (hours; results/embedded-full)"
+	@echo "  GRID=full: all methods of PROFILE=embedded on two seeds, with a search for learning rates (about an hour; results/embedded-full)"
 
 install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
 

@@ -107,8 +107,10 @@ def bench_shape(shape, options, say):
     common = {"shape": shape, "folder": str(folder), "batch_size": size, "steps": options.steps, "warm_up": 1}
     lengths = options.lengths
     trained = measure_rounds("train", TRAINED, options.rounds, say, lengths=lengths, **common)
+    prompts = measure_rounds("prompt", ["pt", "dept", "ept"], options.rounds, say, **common)
     scored = measure_rounds("infer", SCORED, options.rounds, say, lengths=lengths, **common)
     found = {"batch_size": size, "train": {}, "score": {}, "per_1000_examples": {}, "streams": {}}
+    found["prompt_seconds"] = {name: spread([s for a in answers for s in a["prompt_seconds"]]) for name, answers in prompts.items()}
     for name, answers in trained.items():
         found["train"][name] = {
             "step_seconds": per_length(answers, "step_seconds"),
@@ -119,7 +121,7 @@ def bench_shape(shape, options, say):
         found["per_1000_examples"][name] = per_task(name, found["train"][name]["step_seconds"], shape, size)
     for name, answers in scored.items():
         found["score"][name] = per_length(answers, "score_seconds")
-    for task in [] if options.quick else STREAM_TASKS:
+    for task in [] if options.no_streams else STREAM_TASKS:
         drawn = sample(task, shape, STREAM_EXAMPLES, seed="stream")
         answers = measure_rounds("stream", STREAMED, 1, say, **{**common, "lengths": drawn})
         found["streams"][task] = {n: 1000 * a[0]["seconds"] / a[0]["examples"] for n, a in answers.items()}
@@ -134,21 +136,24 @@ def main(arguments=None):
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a text")
     parser.add_argument("--batch-size", type=int, help="default: 8 for t5-base, 16 for smollm2")
     parser.add_argument("--quick", action="store_true", help="one round of two steps: a look, not a measurement")
-    parser.add_argument("--name", default="this-machine", help="results go to bench/results/NAME.json")
+    parser.add_argument("--no-streams", action="store_true", help="only the batches of fixed lengths")
+    parser.add_argument("--name", default="this-machine", help="results go to bench/results/NAME.json; other shapes in it are kept")
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.steps = 1, 2
+        options.rounds, options.steps, options.no_streams = 1, 2, True
     if len(options.lengths) < 2:
         parser.error("--lengths needs at least two lengths: between them, step times are read off a line")
     say = lambda text: print(text, file=sys.stderr, flush=True)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    result = {"date": str(date.today()), "machine": {**call("machine", steps=20), "processor": processor()}, "shapes": {}}
     file = ROOT / "bench" / "results" / f"{options.name}.json"
+    kept = json.loads(file.read_text())["shapes"] if file.exists() else {}
+    machine = call("machine", steps=20)
+    machine.pop("process_seconds")
+    result = {"date": str(date.today()), "machine": {**machine, "processor": processor()}, "shapes": kept}
+    file.parent.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
         result["shapes"][shape] = bench_shape(shape, options, say)
-    result["machine"]["rates_after"] = call("machine", steps=20)["rates"]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+        file.write_text(json.dumps(result, indent=1) + "\n")
     from show import show
 
     print(show(file))

@@ -240,6 +240,20 @@ def infer(job):
     return {"score_seconds": found}
 
 
+def prompt(job):
+    "Seconds to compute the prompt and the offset alone, forward and backward: what a step has besides the backbone."
+    model, _ = build(job)
+    seconds = []
+    for _ in range(20 * (job["warm_up"] + job["steps"])):
+        synchronise()
+        begin = time.perf_counter()
+        sum(part.square().sum() for part in model.prompt() if part is not None).backward()
+        synchronise()
+        seconds.append(time.perf_counter() - begin)
+        model.zero_grad()
+    return {"prompt_seconds": seconds[20 * job["warm_up"] :]}
+
+
 def operations(job):
     "Floating-point operations of one training step, counted by PyTorch."
     import torch
@@ -304,6 +318,6 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     job = json.loads(sys.argv[1])
-    measure = {f.__name__: f for f in (train, stream, infer, operations, machine, backbone)}[job["measure"]]
+    measure = {f.__name__: f for f in (train, stream, infer, prompt, operations, machine, backbone)}[job["measure"]]
     answer = measure(job)
     print("\n" + json.dumps(answer | {"process_seconds": time.perf_counter() - STARTED}))

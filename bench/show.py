@@ -86,6 +86,9 @@ def show(file):
     parts.append(f"Measured on {result['date']}: {where}, PyTorch {machine['torch']}; matrix products of the machine: {rates}.")
     for name, shape in result["shapes"].items():
         parts += [f"### {SHAPES[name]}, batches of {shape['batch_size']}", "Seconds of a training step:", training_table(shape, machine)]
+        alone = ", ".join(f"{NAMES[n]} {1000 * s['median']:.2f} ms" for n, s in shape["prompt_seconds"].items())
+        share = (shape["prompt_seconds"]["ept"]["median"] - shape["prompt_seconds"]["dept"]["median"]) / next(iter(shape["train"]["dept"]["step_seconds"].values()))["median"]
+        parts.append(f"Of a step, what the prompt itself takes, forward and backward: {alone}. Fusion and projection are {100 * share:.1f} % of the shortest step of `dept`.")
         parts += ["Seconds to score a batch:", scoring_table(shape, machine)]
         parts += ["Seconds of 1,000 training examples, from the step times and the batches each contender forms of the task's lengths:", task_table(shape)]
         if shape["streams"]:
@@ -131,7 +134,7 @@ def draw(file):
 def main(arguments):
     file = Path(arguments[0])
     print(show(file))
-    if "--readme" in arguments:
+    if "--readme" in arguments:  # the figure and the tables of one machine
         draw(file)
         readme = HERE / "README.md"
         before, rest = readme.read_text().split(START)

@@ -22,7 +22,7 @@ from .settings import write_atomic
 from .stages import open_backbone, read_rows
 from .tasks import get_task
 
-# %% ../nbs/52_records.ipynb #88177921
+# %% ../nbs/52_records.ipynb #647b6605
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "scikit-learn")
 
 
@@ -39,7 +39,7 @@ def package_versions() -> dict[str, str]:  # name -> version
 
 def code_version(
     folder: str | Path | None = None,  # of the package; None is this one's
-    without: tuple[str, ...] = ("results", "figures", "synthetic", "_modidx"),  # modules that only show what is there
+    without: tuple[str, ...] = ("statistics", "results", "tables", "figures", "page", "synthetic", "_modidx"),  # modules that only show what is there
 ) -> str:  # 12 hexadecimal digits
     "A hash of the source of the modules that make numbers."
     import ept
@@ -113,7 +113,7 @@ def compact_json(
     text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False)
     return re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
 
-# %% ../nbs/52_records.ipynb #18a5c722
+# %% ../nbs/52_records.ipynb #0dfd9523
 def evaluate_run(
     plan: RunPlan,
 ) -> dict:  # the record
@@ -126,6 +126,8 @@ def evaluate_run(
     found = evaluate(adapter, task=plan.task, backbone=backbone, data=data, split="test")
     record = make_record(plan, backbone, data, adapter, found.metrics, gate_weights(adapter, backbone))
     table = pd.DataFrame({"label": found.labels, "prediction": found.predictions})
+    if group := get_task(plan.task).group:
+        table["group"] = pd.factorize(pd.Series(list(data["test"][group])))[0]
     write_atomic(paths.record("predictions", plan.key), table.to_csv(index_label="index", float_format="%.4f"))
     write_atomic(paths.record("scores", plan.key), compact_json(record))
     return record

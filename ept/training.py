@@ -104,7 +104,7 @@ def collate(
         "labels": pad(labels, -100, 8 if family == "decoder-only" else 1),
     }
 
-# %% ../nbs/40_training.ipynb #c894de1a
+# %% ../nbs/40_training.ipynb #6cabd5a6
 class NonFiniteLoss(RuntimeError):
     "The loss became NaN or infinite; the checkpoints before that are kept."
 
@@ -115,6 +115,7 @@ class PromptTrainer(Trainer):
     def __init__(self, model, plan, features, collator, validate, groups, earlier_seconds=0.0, **options):
         self.plan, self.features, self.validate, self.groups = plan, features, validate, groups
         self.seconds, self.started = earlier_seconds, None
+        keep_freed_memory()
         super().__init__(model, train_dataset=features, data_collator=collator, **options)
         self.remove_callback(PrinterCallback)
 
@@ -361,7 +362,7 @@ def _arguments(job, checkpoint_dir, workers):
         remove_unused_columns=False, report_to="none", disable_tqdm=True,
     )  # fmt: skip
 
-# %% ../nbs/40_training.ipynb #77fab360
+# %% ../nbs/40_training.ipynb #f7688283
 def _run_trainer(job, checkpoint_dir, workers, progress):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
     rows, encoder, family = job.data["train"], job.encoder, job.backbone.family
@@ -376,7 +377,6 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
         _optimizer_groups(job.model, job.training), seconds, eval_dataset=rows, args=_arguments(job, checkpoint_dir, workers),
         callbacks=[ProgressBar(f"{job.method.name} on {job.task.name}")] if progress else None,
     )  # fmt: skip
-    keep_freed_memory()
     trainer.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer._pause()

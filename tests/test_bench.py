@@ -39,6 +39,11 @@ def test_every_contender_scores(name, job):
     assert {n: len(s) for n, s in found["score_seconds"].items()} == {8: 2, 24: 2}
 
 
+@pytest.mark.parametrize("name", ["pt", "dept", "ept"])
+def test_the_prompt_alone_is_timed(name, job):
+    assert len(contender.prompt({**job, "contender": name})["prompt_seconds"]) == 40
+
+
 def test_longer_texts_take_more_operations_and_a_short_prompt_fewer(job):
     count = lambda name: contender.operations({**job, "contender": name})["operations"]
     peft, ours, plain = count("peft-pt"), count("ept"), count("pt")

@@ -1,4 +1,4 @@
-"""Intervals, marks and gaps of the result table, and the page that shows them."""
+"""Statistics, marks and gaps of the result tables, and the page that shows them."""
 
 import json
 import math
@@ -10,10 +10,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ept.figures import look, plot_gates, write_report
+from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
 from ept.metrics import score_task
+from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
 from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile
-from ept.results import ScoreTable, collect, interval, to_html, to_markdown
+from ept.results import ScoreTable, collect, collect_sweep, made_up
+from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
+from ept.tables import PUBLISHED, comparison_table, frames, overall_table, score_table, turned_table
+from ept.tasks import TASKS
 
 METHODS = ("frozen", "pt", "ept")
 
@@ -25,69 +29,188 @@ def profile(tasks=("cola", "cb"), methods=METHODS, seeds=(0,), name="small"):
     )  # fmt: skip
 
 
-def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False):
+def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu"):
     """A run that gets `right` of `n` examples right."""
     task, _, seed = key.rsplit("-", 2)[0].split("-")[0], None, key.rsplit("-", 1)[1]
     method = key.removeprefix(f"{task}-").removesuffix(f"-{seed}")
     labels = np.arange(n) % 2
     predictions = np.zeros(n, dtype=int) if constant else np.where(np.arange(n) < right, labels, 1 - labels)
-    score = 100 * float((labels == predictions).mean())
+    score = float(weighted_scores(metric, predictions, labels, np.ones((1, n)))[0])
     record = {
         "task": task, "method": method, "seed": int(seed), "metric": metric, "score": score, "majority_score": 50.0, "n": n,
         "trainable_parameters": 0 if method == "frozen" else 6400, "chosen_step": 20, "metrics": {metric: {"value": score, "n": n}},
         "history": {"step": [10, 20], "loss": [1.0, 0.5], "score": [score - 5, score]}, "gate_weights": gates, "backbone": {"revision": None},
+        "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}},
     }  # fmt: skip
+    table = pd.DataFrame({"label": labels, "prediction": predictions})
+    if groups is not None:
+        table["group"] = groups
     paths = Paths(profile, root)
     for kind, text in (
         ("scores", json.dumps(record)),
-        ("costs", json.dumps({"train_seconds": seconds})),
-        ("predictions", pd.DataFrame({"label": labels, "prediction": predictions}).to_csv(index_label="index")),
+        ("costs", json.dumps({"train_seconds": seconds, "device": device, "precision": "float32"})),
+        ("predictions", table.to_csv(index_label="index")),
     ):
         file = paths.record(kind, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
 
 
-# ---- intervals ----------------------------------------------------------------------------------------------------------
+def read(profile, root):
+    return ScoreTable(profile, collect(profile, root), collect_sweep(profile, root))
 
 
-@pytest.mark.parametrize("n", [28, 52, 139, 872])
-@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
-def test_accuracy_has_wilsons_interval(n, share):
-    right = int(share * n)
-    p, z = right / n, stats.norm.ppf(0.975)
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    found = interval("accuracy", np.arange(n) < right, np.ones(n, dtype=bool))
-    np.testing.assert_allclose(found, (100 * (centre - half), 100 * (centre + half)), atol=1e-9)
+# ---- resampling -----------------------------------------------------------------------------------------------------------
+
+TASK_OF = {"accuracy": "sst2", "f1": "multirc", "macro_f1": "cb", "matthews": "cola", "pearson": "stsb", "spearman": "stsb"}
 
 
-@pytest.mark.parametrize(("task", "metric"), [("cola", "matthews"), ("multirc", "f1")])
-def test_bootstrap_of_counts_is_the_bootstrap_of_examples(task, metric):
-    """Drawing confusion counts gives the interval that drawing examples and scoring them anew gives."""
+def answers(metric, n=60, runs=2):
     generator = np.random.default_rng(0)
-    labels = generator.integers(0, 2, 300)
-    predictions = np.where(generator.random(300) < 0.75, labels, 1 - labels)
-    drawn = []
-    for _ in range(600):
-        rows = generator.integers(0, 300, 300)
-        drawn.append(score_task(task, predictions[rows], labels[rows], groups=range(300))[metric])
-    np.testing.assert_allclose(interval(metric, predictions, labels), np.quantile(drawn, [0.025, 0.975]), atol=1.5)
+    if metric in ("pearson", "spearman"):
+        labels = generator.uniform(0, 5, n).round(1)
+        return labels, [np.clip(labels + generator.normal(0, 1.5, n), 0, 5) for _ in range(runs)]
+    labels = generator.integers(0, 3 if metric == "macro_f1" else 2, n)
+    return labels, [np.where(generator.random(n) < 0.7, labels, generator.permutation(labels)) for _ in range(runs)]
 
 
-def test_correlation_has_fishers_interval():
+@pytest.mark.parametrize("metric", RESAMPLED)
+def test_weighted_score_is_the_score_of_repeated_rows(metric):
+    """A row of weight 2 counts as two rows, one of weight 0 not at all; the evaluation's own metrics are the reference."""
+    labels, (predictions, _) = answers(metric)
+    weights = np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=20)
+    found = weighted_scores(metric, predictions, labels, weights)
+    for value, weight in zip(found, weights):
+        rows = np.repeat(np.arange(60), weight)
+        assert value == pytest.approx(score_task(TASK_OF[metric], predictions[rows], labels[rows], groups=rows)[metric], abs=1e-8)
+
+
+@pytest.mark.parametrize("metric", RESAMPLED)
+def test_constant_answers_are_no_error(metric):
+    labels, (predictions, _) = answers(metric)
+    found = weighted_scores(metric, np.ones(60), labels, np.random.default_rng(1).multinomial(60, np.full(60, 1 / 60), size=20))
+    assert np.isfinite(found).all()
+    if metric in ("matthews", "pearson", "spearman"):
+        assert (found == 0).all()
+
+
+def test_all_runs_are_scored_on_the_same_draws():
+    labels, (first, _) = answers("accuracy")
+    drawn = resample("accuracy", [first, first, 1 - first], labels, draws=200)
+    assert np.array_equal(drawn[0], drawn[1]) and np.allclose(drawn[0] + drawn[2], 100)
+    assert np.array_equal(drawn, resample("accuracy", [first, first, 1 - first], labels, draws=200))
+    assert not np.array_equal(drawn, resample("accuracy", [first, first, 1 - first], labels, draws=200, seed="another task"))
+
+
+def test_rows_of_a_group_are_drawn_together():
+    """Answers that agree within their question: the interval of 25 questions, not of 100 answers."""
     generator = np.random.default_rng(0)
-    labels = generator.normal(size=120)
-    predictions = labels + generator.normal(size=120)
+    right = np.repeat(generator.random(25) < 0.6, 4)
+    grouped = resample("accuracy", [right], np.ones(100), groups=np.repeat(np.arange(25), 4))[0]
+    single = resample("accuracy", [right], np.ones(100))[0]
+    assert grouped.std() == pytest.approx(2 * single.std(), rel=0.1)
+    assert len(np.unique(grouped.round(6))) <= 26
+
+
+@pytest.mark.parametrize("n", [139, 872])
+def test_interval_of_accuracy_agrees_with_wilsons(n):
+    right = int(0.8 * n)
+    found = interval("accuracy", resample("accuracy", [np.arange(n) < right], np.ones(n))[0], n)
+    expected = stats.binomtest(right, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(found, (100 * expected.low, 100 * expected.high), atol=2.0 if n < 200 else 0.6)
+
+
+def test_interval_of_correlation_agrees_with_fishers():
+    generator = np.random.default_rng(0)
+    labels = generator.normal(size=300)
+    predictions = labels + generator.normal(size=300)
     expected = stats.pearsonr(predictions, labels).confidence_interval()
-    np.testing.assert_allclose(interval("pearson", predictions, labels), (100 * expected.low, 100 * expected.high), atol=0.05)
+    found = interval("pearson", resample("pearson", [predictions], labels)[0], 300)
+    np.testing.assert_allclose(found, (100 * expected.low, 100 * expected.high), atol=3.0)
 
 
-@pytest.mark.parametrize("metric", ["pearson", "spearman"])
-def test_constant_answers_have_no_correlation_interval(metric):
-    assert all(math.isnan(v) for v in interval(metric, [2.5] * 20, list(range(20))))
+@pytest.mark.parametrize("right", [0, 28])
+def test_where_the_bootstrap_says_nothing_an_accuracy_has_wilsons_interval(right):
+    found = interval("accuracy", resample("accuracy", [np.arange(28) < right], np.ones(28))[0], 28)
+    expected = stats.binomtest(right, 28).proportion_ci(method="wilson")
+    np.testing.assert_allclose(found, (100 * expected.low, 100 * expected.high), atol=1e-9)
+    assert found[1] - found[0] > 10
 
 
-# ---- the table ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("metric", "n"), [("pearson", 20), ("matthews", 20), ("accuracy", 1)])
+def test_no_interval_rather_than_a_wrong_one(metric, n):
+    assert all(math.isnan(v) for v in interval(metric, resample(metric, [np.ones(n)], np.arange(n) % 2)[0], n))
+
+
+# ---- tests ----------------------------------------------------------------------------------------------------------------
+
+
+def test_paired_bootstrap_agrees_with_mcnemar():
+    """Two classifiers on the same rows: the p value is near that of the exact test of the rows they disagree on."""
+    both, first, second = 120, 22, 8
+    a, b = np.ones(160), np.ones(160)
+    a[both : both + second], b[both + second : both + second + first] = 0, 0
+    a[150:], b[150:] = 0, 0
+    drawn = resample("accuracy", [a, b], np.ones(160))
+    found = difference(100 * (a.mean() - b.mean()), drawn[0] - drawn[1])
+    assert found.verdict == "win" and found.p == pytest.approx(stats.binomtest(second, first + second).pvalue, abs=0.015)
+
+
+def test_a_handful_of_examples_proves_nothing(tmp_path):
+    """Five of three hundred answered differently, all in favour of one: the bootstrap alone would call it."""
+    p = profile(tasks=("qqp",), methods=("pt", "ept"))
+    for right, verdict in ((205, "tie"), (215, "win")):
+        write(tmp_path, p, "qqp-pt-0", 200, n=300)
+        write(tmp_path, p, "qqp-ept-0", right, n=300)
+        found = read(p, tmp_path).difference("ept", "pt")
+        assert found.low > 0 and found.verdict == verdict
+    assert difference(1.0, np.ones(1000), differing=5).p == stats.binomtest(5, 5).pvalue
+
+
+def test_interval_and_p_of_a_difference_say_the_same():
+    generator = np.random.default_rng(0)
+    for _ in range(40):
+        labels = np.ones(80)
+        drawn = resample("accuracy", [generator.random(80) < 0.75, generator.random(80) < 0.65], labels, draws=1000)
+        found = difference(0.0, drawn[0] - drawn[1])
+        if found.verdict != "tie":
+            assert found.p < 0.06
+        else:
+            assert found.p > 0.04
+
+
+def test_under_no_difference_one_in_twenty_is_called():
+    """Two equal methods, 300 test sets: about 5 % of the paired intervals miss zero."""
+    generator, called = np.random.default_rng(0), 0
+    for _ in range(300):
+        drawn = resample("accuracy", generator.random((2, 150)) < 0.7, np.ones(150), draws=400)
+        called += difference(0.0, drawn[0] - drawn[1]).verdict != "tie"
+    assert 3 <= called <= 30
+
+
+def test_wilcoxon_is_scipys_with_equal_pairs_left_out():
+    values = [3.0, -1.0, 0.0, 2.5, 4.0, 0.5, 6.0]
+    assert wilcoxon(values) == pytest.approx(stats.wilcoxon([v for v in values if v]).pvalue)
+    assert wilcoxon([0.0]) == 1.0 and math.isnan(wilcoxon([])) and wilcoxon([5.0]) == 1.0
+
+
+def test_holm_is_holms():
+    p = np.array([0.001, 0.2, 0.012, math.nan, 0.04])
+    found = holm(p)
+    ordered, expected = np.sort(p[~np.isnan(p)]), []
+    for i, value in enumerate(ordered):
+        expected.append(min(1.0, max([*expected, (4 - i) * value])))
+    np.testing.assert_allclose(np.sort(found[~np.isnan(found)]), expected)
+    assert np.isnan(found[3]) and (found[~np.isnan(found)] >= p[~np.isnan(p)]).all()
+
+
+def test_ranks_and_gaps():
+    scores = pd.DataFrame({"a": [90.0, 80.0, math.nan], "b": [85.0, 80.0, 70.0], "c": [95.0, 60.0, 75.0]})
+    assert ranks(scores).to_numpy().tolist() == [[2, 3, 1], [1.5, 1.5, 3]], "a task with a gap is left out, equal scores share a rank"
+    assert gaps(scores).max().tolist() == [5.0, 10.0, 20.0]
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -101,40 +224,116 @@ def filled(tmp_path):
     return p, tmp_path
 
 
-def test_a_missing_cell_stays_empty(filled):
-    text = to_markdown(ScoreTable(filled[0], collect(*filled)))
-    row = next(line for line in text.splitlines() if line.startswith("| cb |"))
-    assert row.split("|")[5].strip() == "" and "80.0" in row and "84.0" in row
-    assert "5 of 6 runs" in text
-    assert re.search(r"\| mean \|[^|]*\|[^|]*\| 50.0 \|  \| 75.0 \| 89.5 \|", text), "no mean over a column with a gap"
+def line(text, name):
+    return next(row for row in text.splitlines() if row.startswith(f"| {name} |"))
 
 
-def test_only_a_gap_beyond_the_interval_is_bold(filled):
-    text = to_markdown(ScoreTable(filled[0], collect(*filled)))
-    assert "**95.0**" in text
-    assert "84.0" in text and "**84.0**" not in text, "four points on a hundred examples are not a difference"
+def test_a_missing_cell_says_so_and_is_counted(filled):
+    text = score_table(read(*filled)).markdown()
+    row = line(text, "cb")
+    assert row.split("|")[5].strip() == "missing" and "80.0" in row and "84.0" in row
+    assert "5 of 6 runs" in text and "Missing: 1 run in 1 of 6 cells." in text
+    assert line(text, "mean").split("|")[5].strip() == "missing", "no mean over a column with a gap"
+    assert "1 of 6 runs is missing" in " ".join(findings(read(*filled)))
+
+
+def test_only_a_lead_beyond_the_paired_interval_is_bold(tmp_path):
+    p = profile(tasks=("cola", "cb"), methods=("pt", "ept"))
+    write(tmp_path, p, "cola-pt-0", 70)
+    write(tmp_path, p, "cola-ept-0", 95)
+    write(tmp_path, p, "cb-pt-0", 80)
+    write(tmp_path, p, "cb-ept-0", 82)
+    text = score_table(read(p, tmp_path)).markdown()
+    assert "**95.0**" in text and "*70.0*" not in text
+    assert "*80.0*" in text and "*82.0*" in text and "**82.0**" not in text, "two points on a hundred examples are not a difference"
 
 
 def test_answering_always_the_same_is_marked(filled):
-    table = ScoreTable(filled[0], collect(*filled))
-    assert re.search(r"50\.0 \([\d.]+ to [\d.]+\) †", to_markdown(table))
-    assert to_markdown(table).count("†") == 2, "one run, and the caption that explains the sign"
+    table = read(*filled)
+    text = score_table(table).markdown()
+    assert re.search(r"50\.0 \([\d.]+ to [\d.]+\) †", text)
+    assert text.count("†") == 2, "one run, and the caption that explains the sign"
+    assert "answering the same to every example" in " ".join(findings(table))
+
+
+def test_a_score_near_the_majority_is_marked(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"))
+    write(tmp_path, p, "cola-pt-0", 53)
+    write(tmp_path, p, "cola-ept-0", 95)
+    text = score_table(read(p, tmp_path)).markdown()
+    assert re.search(r"53\.0 \([^)]+\) ‡", text) and text.count("‡") == 2
+
+
+def test_a_constant_answer_may_beat_the_majority(tmp_path):
+    """F1 of answering True throughout: the floor is not what the record calls the majority score."""
+    p = profile(tasks=("multirc",), methods=("pt",))
+    write(tmp_path, p, "multirc-pt-0", 60, metric="f1")
+    file = Paths(p, tmp_path).record("scores", "multirc-pt-0")
+    file.write_text(file.read_text().replace('"majority_score": 50.0', '"majority_score": 0.0'))
+    table = read(p, tmp_path)
+    assert table.cells["floor"].item() == pytest.approx(100 * 2 / 3) and table.cells["near_floor"].item()
+    assert "Best constant answer above the majority score: multirc 66.7" in score_table(table).caption
 
 
 def test_time_is_relative_to_prompt_tuning(filled):
-    table = ScoreTable(filled[0], collect(*filled))
-    assert table.foot()[2][4:] == ["0.00", "1.00", "0.50"] or table.foot()[2][4:] == ["", "1.00", "0.50"]
+    table = read(*filled)
+    overall = table.overall().set_index("method")["time_of_pt"]
+    assert overall["pt"] == 1 and overall["ept"] == 0.5
     cells = table.cells.set_index(["task", "method"])["time_of_pt"]
     assert cells["cola", "ept"] == 0.5 and cells["cb", "ept"] == 0.5
+    assert "(−50 %;" in " ".join(findings(table))
 
 
-def test_several_seeds_give_mean_and_deviation(tmp_path):
+def test_times_of_different_machines_are_not_compared(filled):
+    p, root = filled
+    for task in ("cola", "cb"):
+        write(root, p, f"{task}-ept-0", 90, device="cuda")
+    assert math.isnan(read(p, root).overall().set_index("method")["time_of_pt"]["ept"])
+
+
+def test_several_seeds_give_mean_deviation_and_a_joint_interval(tmp_path):
     p = profile(tasks=("cola",), methods=("pt", "ept"), seeds=(0, 1, 2))
     for seed, (pt, ept) in enumerate([(70, 90), (72, 92), (74, 94)]):
         write(tmp_path, p, f"cola-pt-{seed}", pt)
         write(tmp_path, p, f"cola-ept-{seed}", ept)
-    text = to_markdown(ScoreTable(p, collect(p, tmp_path)))
-    assert "| 72.0 ± 2.0 | **92.0** ± 2.0 |" in text and "seeds 0, 1, 2" in text and "mean ± standard deviation" in text
+    table = read(p, tmp_path)
+    text = score_table(table).markdown()
+    assert re.search(r"\| 72\.0 ± 2\.0 \([\d.]+ to [\d.]+\) \| \*\*92\.0\*\* ± 2\.0 \(", text) and "seeds 0, 1, 2" in text
+    cell = table.cell("cola", "pt")
+    single = interval("accuracy", table.drawn["cola", "pt", 0], 100)
+    assert cell["high"] - cell["low"] > 0.9 * (single[1] - single[0]), "three seeds do not make the test set larger"
+    assert table.compare().iloc[0][["tasks", "pairs"]].tolist() == [1, 3]
+
+
+def test_differences_are_over_shared_seeds(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"), seeds=(0, 1))
+    write(tmp_path, p, "cola-pt-0", 70)
+    write(tmp_path, p, "cola-ept-0", 80)
+    write(tmp_path, p, "cola-ept-1", 100)
+    table = read(p, tmp_path)
+    assert table.difference("ept", "pt").value == pytest.approx(10) and table.cell("cola", "ept")["score"] == 90
+    assert "1 seed missing" in score_table(table).markdown()
+
+
+def test_multirc_is_drawn_by_question_if_the_records_say_so(tmp_path):
+    p = profile(tasks=("multirc",), methods=("pt", "ept"))
+    for method in ("pt", "ept"):
+        write(tmp_path, p, f"multirc-{method}-0", 80, groups=np.arange(100) // 5)
+    table = read(p, tmp_path)
+    assert len(np.unique(table.runs["groups"].iloc[0])) == 20 and "too narrow" not in score_table(table).caption
+    for method in ("pt", "ept"):
+        write(tmp_path, p, f"multirc-{method}-0", 80)
+    old = read(p, tmp_path)
+    assert "too narrow" in score_table(old).caption and "Grouping" in dict(protocol(old))
+    width = lambda t: t.cell("multirc", "pt")["high"] - t.cell("multirc", "pt")["low"]
+    assert width(table) > 1.3 * width(old)
+
+
+def test_runs_on_other_rows_are_refused(filled):
+    p, root = filled
+    write(root, p, "cb-ept-0", 40, n=50)
+    with pytest.raises(ValueError, match="cb-ept-0 was scored on other rows than cb-pt-0; evaluate the runs of cb again"):
+        read(p, root)
 
 
 def test_methods_with_dashes_are_found(tmp_path):
@@ -152,12 +351,118 @@ def test_nothing_at_all_says_what_to_do(tmp_path):
 def test_the_embedded_table_says_what_it_is_not(tmp_path):
     p = profile(name="embedded")
     write(tmp_path, p, "cola-pt-0", 70)
-    table = ScoreTable(p, collect(p, tmp_path))
-    for text in (to_markdown(table), to_html(table)):
+    table = read(p, tmp_path)
+    for text in (score_table(table).markdown(), score_table(table).html(), turned_table(table).latex()):
         assert "embedded: proves the machinery, says nothing about English" in text
+    assert "made-up data" in findings(table)[0]
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------------
+# ---- comparisons ----------------------------------------------------------------------------------------------------------
+
+FULL = tuple(m for m in LOOKS)
+
+
+@pytest.fixture(scope="module")
+def large():
+    return made_up(tasks=tuple(TASKS), methods=FULL, missing=("cb-pt-1", "rte-lora-0", "rte-lora-1"))
+
+
+def test_comparisons_are_corrected_for_eleven(large):
+    found = large.compare()
+    eleven = found[found["kind"] == "comparison"]
+    assert len(eleven) == 11 and set(found["kind"]) == {"comparison", "ablation", "reference"}
+    for name in ("bootstrap", "wilcoxon", "wilcoxon_tasks"):
+        np.testing.assert_allclose(eleven[f"{name}_holm"], holm(eleven[f"{name}_p"]))
+        smallest = eleven[f"{name}_p"].min()
+        assert eleven[f"{name}_holm"].min() == pytest.approx(min(1, 11 * smallest))
+
+
+def test_wins_ties_and_losses_are_those_of_the_paired_intervals(large):
+    each, found = large.differences(), large.compare().set_index("method")
+    for method, part in each.groupby("method"):
+        inside = (part["low"] <= 0) & (part["high"] >= 0) | (part["p"] > 0.05)
+        assert found.loc[method, "ties"] == inside.sum()
+        assert found.loc[method, ["wins", "ties", "losses"]].sum() == found.loc[method, "tasks"] == len(part)
+    assert found.loc["lora", "tasks"] == 12 and found.loc["pt", "pairs"] == 25
+
+
+def test_relative_improvement_is_of_the_mean_score(large):
+    found = large.compare().set_index("method")
+    ours, theirs = large.scores()["ept"].mean(), large.scores()["dept"].mean()
+    assert found.loc["dept", "relative"] == pytest.approx(100 * (ours / theirs - 1))
+    each = [relative(a, b) for a, b in zip(large.scores()["ept"], large.scores()["dept"])]
+    assert found.loc["dept", "largest"] == pytest.approx(np.nanmax(each))
+
+
+def test_consistency_is_among_ept_and_the_comparison_methods(large):
+    found, scores = large.overall().set_index("method"), large.scores(large.contenders).dropna()
+    assert len(large.contenders) == 12 and len(scores) == 12 and large.common == [t for t in TASKS if t != "rte"]
+    assert found["rank"].dropna().mean() == pytest.approx(6.5)
+    assert found.loc["pt", "worst_gap"] == pytest.approx((scores.max(axis=1) - scores["pt"]).max())
+    assert found.loc[["frozen", "ept-one-space"], ["rank", "worst_gap"]].isna().all().all()
+
+
+def test_the_interval_of_a_mean_is_narrower_than_that_of_a_task(large):
+    found = large.overall().set_index("method").loc["ept"]
+    widths = large.cells[large.cells["method"] == "ept"].eval("high - low")
+    assert found["low"] < found["score"] < found["high"] and found["high"] - found["low"] < widths.median() / 2
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"methods": ("ept",)}, {"methods": ("pt",), "seeds": (0,)}, {"tasks": ("cola",)}, {"tasks": ("stsb",), "methods": ("frozen",), "seeds": (0,)},
+        {"missing": ("cola-ept-0", "cola-ept-1", "cola-pt-0", "cola-pt-1", "cola-frozen-0", "cola-frozen-1")},
+        {"missing": tuple(f"{t}-ept-{s}" for t in ("cola", "sst2", "stsb", "multirc", "cb") for s in (0, 1))}, {"n": 2, "seeds": (0,)}, {"n": 1, "seeds": (0,), "tasks": ("sst2",)},
+    ],
+    ids=["one method", "one method, one seed", "one task", "one run", "a task without runs", "no run of ept", "two examples", "one example"],
+)  # fmt: skip
+def test_small_and_broken_grids_have_a_report(size, tmp_path):
+    table = made_up(**size)
+    drawn = write_report(table, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == len(drawn) and "nan" not in re.sub(r"<[^>]*>", "", page.split('id="figures"')[0]).lower()
+    for name in set(FIGURES) - set(drawn):
+        assert ABSENT[name].replace("<", "&lt;").replace(">", "&gt;") in page
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["paper", "smollm2", "embedded", "made-up"])
+def test_published_scores_stand_apart_and_only_beside_real_ones(name):
+    table = made_up(tasks=("cola", "cb"), name=name)
+    part, beside = score_table(table), name in ("paper", "smollm2")
+    texts = (part.markdown(), part.html(), turned_table(table).latex(), turned_table(table, intervals=True).html())
+    for text in texts:
+        assert ("63.79" in text and "92.86" in text and "other setting" in text and "not measured here" in text) == beside
+    assert part.aside == int(beside)
+    assert not any("63.79" in f.to_csv() for f in frames(table).values()), "never among the numbers"
+    assert set(PUBLISHED["scores"]) == set(TASKS)
+
+
+def test_latex_is_whole(large):
+    for part in (turned_table(large), overall_table(large), comparison_table(large)):
+        text = part.latex()
+        rows = [row for row in text.splitlines() if row.endswith(r"\\")]
+        assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {len(part.columns) - 1} and len(rows) == len(part.rows) + 1
+        assert text.count("{") == text.count("}") and [text.count(rf"\{r}rule") for r in ("top", "bottom")] == [1, 1]
+        assert not re.search(r"(?<!\\)[_#]|[†‡±×]|(?<!\\)%(?!$)", text, re.M), "nothing that LaTeX would stumble over"
+
+
+def test_markdown_rows_have_as_many_cells_as_the_head(large):
+    for part in (score_table(large), overall_table(large), comparison_table(large)):
+        rows = [row for row in part.markdown().splitlines() if row.startswith("|")]
+        assert {row.count("|") for row in rows} == {len(part.columns) + 1}
+
+
+def test_every_number_is_in_csv(large):
+    found = frames(large)
+    assert len(found["scores"]) == 13 * 16 and len(found["overall"]) == 16 and len(found["comparison"]) == 15 and len(found["differences"]) == 13 * 15 - 1
+    assert {"low", "high", "deviation", "missing", "near_floor", "best"} <= set(found["scores"])
+
+
+# ---- the page -------------------------------------------------------------------------------------------------------------
 
 
 class Loads(HTMLParser):
@@ -173,20 +478,29 @@ class Loads(HTMLParser):
                 self.found.append((tag, name, value))
 
 
-def test_the_page_needs_nothing_but_itself(filled, tmp_path):
-    write_report(ScoreTable(filled[0], collect(*filled)), tmp_path / "report")
-    page = (tmp_path / "report" / "report.html").read_text()
+@pytest.fixture(scope="module")
+def written(large, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    figures = write_report(large, folder)
+    return folder, figures
+
+
+def test_the_page_needs_nothing_but_itself(written):
+    folder, figures = written
+    page = (folder / "report.html").read_text()
     loads = Loads()
     loads.feed(page)
     assert not loads.found and "@import" not in page and not re.search(r"url\((?!#)", page)
-    assert page.count("<svg") == 4 and page.count('role="img"') == 4
+    assert set(figures) == set(FIGURES) and page.count("<svg") == page.count('role="img"') == len(FIGURES)
+    assert len(page) < 2_000_000
+    order = [page.index(f'<h2 id="{part}"') for part in ("findings", "tables", "figures", "protocol")]
+    assert order == sorted(order)
 
 
-def test_identifiers_in_the_page_are_not_shared_by_two_figures(filled, tmp_path):
+def test_identifiers_in_the_page_are_not_shared_by_two_figures(written):
     """Figures in one page share a name space: a clip path of one must not be found by another under the same name."""
-    write_report(ScoreTable(filled[0], collect(*filled)), tmp_path / "report")
     clips = {}
-    for file in (tmp_path / "report" / "figures").glob("*.svg"):
+    for file in (written[0] / "figures").glob("*.svg"):
         for name, body in re.findall(r'<clipPath id="([^"]+)">(.*?)</clipPath>', file.read_text(), re.S):
             assert clips.setdefault(name, body) == body, f"{name} means two things"
 
@@ -194,22 +508,89 @@ def test_identifiers_in_the_page_are_not_shared_by_two_figures(filled, tmp_path)
 def test_the_same_results_give_the_same_files(filled, tmp_path):
     files = []
     for name in ("one", "two"):
-        write_report(ScoreTable(filled[0], collect(*filled)), tmp_path / name)
+        write_report(read(*filled), tmp_path / name)
         files.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()})
     assert files[0] == files[1]
+    assert {"report.html", "table.md", "table.csv", "tables/scores.tex", "tables/comparison.csv"} <= {str(p) for p in files[0]}
 
 
-def test_a_figure_without_content_is_left_out(tmp_path):
+def test_a_figure_without_content_is_left_out_and_the_page_says_why(tmp_path):
     p = profile(methods=("pt",))
     write(tmp_path, p, "cola-pt-0", 70)
     (tmp_path / "report" / "figures").mkdir(parents=True)
     (tmp_path / "report" / "figures" / "gates.svg").write_text("of an earlier grid")
-    table = ScoreTable(p, collect(p, tmp_path))
-    assert plot_gates(table) is None
-    assert set(write_report(table, tmp_path / "report")) == {"scores", "curves", "time"}
+    table = read(p, tmp_path)
+    assert set(write_report(table, tmp_path / "report")) == {"scores", "curves"}
     assert not (tmp_path / "report" / "figures" / "gates.svg").exists()
+    assert "no sweep over m, r and K has been run" in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_findings_follow_the_numbers(tmp_path):
+    p = profile(tasks=("cola", "cb"), methods=("pt", "ept"))
+    for task in ("cola", "cb"):
+        write(tmp_path, p, f"{task}-pt-0", 60)
+        write(tmp_path, p, f"{task}-ept-0", 95)
+    text = " ".join(findings(read(p, tmp_path)))
+    assert "`ept` has the highest mean score of 2 methods over 2 tasks, 95.0; next is `pt` with 60.0" in text and "2 wins, 0 ties, 0 losses" in text
+    assert "+58.3 %" in text and "one seed" in text
+    for task in ("cola", "cb"):
+        write(tmp_path, p, f"{task}-ept-0", 59)
+    text = " ".join(findings(read(p, tmp_path)))
+    assert "`pt` has the highest mean score" in text and "next is `ept`" in text and "which of the two leads is open" in text
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------------
 
 
 def test_every_method_of_a_large_grid_looks_different():
-    looks = look(["frozen", "pt", "ept", "dept", "lora", "ept-no-fusion", "ept-no-projection", "ept-one-space"])
+    looks = look([*FULL, "own", "another", "third"])
     assert len({(s["color"], s["marker"]) for s in looks.values()}) == len(looks)
+    assert len({s["marker"] for m, s in looks.items() if m in NOTED}) == len(NOTED)
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_no_two_labels_overlap(large, written, name):
+    """Every text of every figure of the full grid has a place of its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    figure = written[1][name]
+    figure.draw_without_rendering()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    texts = [t for t in (*figure.texts, *(t for legend in figure.legends for t in legend.get_texts()))]
+    for axes in (a for a in figure.axes if a.get_visible()):
+        texts += [*axes.texts, axes.title, axes.xaxis.label, axes.yaxis.label]
+        for axis, side, limits in ((axes.xaxis, "labelbottom", axes.get_xlim()), (axes.yaxis, "labelleft", axes.get_ylim())):
+            if axis.get_tick_params().get(side, True):
+                inside = lambda label, i=int(axis is axes.yaxis): min(limits) <= label.get_position()[i] <= max(limits)
+                texts += [label for label in axis.get_majorticklabels() if inside(label)]
+    boxes = [(t.get_text(), Text.get_window_extent(t, renderer).padded(-0.8)) for t in texts if t.get_text() and t.get_visible()]  # words without the line to their point
+    assert len(boxes) > 20
+    assert not [(a, b) for i, (a, x) in enumerate(boxes) for b, y in boxes[:i] if x.overlaps(y)]
+
+
+def test_figures_are_left_out_where_there_is_nothing_to_draw():
+    alone = made_up(methods=("ept",), tasks=("cola",), seeds=(0,))
+    for plot in (plot_ablations, plot_comparison, plot_parameters, plot_ranks, plot_time):
+        assert plot(alone) is None
+    frozen = made_up(methods=("frozen",))
+    assert plot_curves(frozen) is None and plot_gates(frozen) is None and plot_sweep(frozen) is None
+
+
+def test_a_sweep_is_read_from_records_and_drawn_with_the_grids_point(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"))
+    write(tmp_path, p, "cola-pt-0", 70)
+    write(tmp_path, p, "cola-ept-0", 90)
+    base = json.loads(Paths(p, tmp_path).record("scores", "cola-ept-0").read_text())
+    folder = Paths(p, tmp_path).results / "sweep"
+    folder.mkdir()
+    for rank in (5, 10):
+        record = base | {"swept": "rank", "score": 80.0 + rank, "config": {"sizes": {"short_length": 40, "rank": rank, "spaces": 4}}}
+        (folder / f"rank-{rank}-cola-ept-0.json").write_text(json.dumps(record))
+    table = read(p, tmp_path)
+    assert table.sweep[["swept", "value", "score"]].sort_values("value").to_numpy().tolist() == [["rank", 5, 85.0], ["rank", 10, 90.0]]
+    axes = plot_sweep(table).axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["5", "10", "20"], "the grid's own rank is a point, too"
+    (folder / "wrong.json").write_text(json.dumps(base | {"swept": "width"}))
+    with pytest.raises(ValueError, match="wrong.json: swept is 'width'; it must be one of short_length, rank, spaces"):
+        collect_sweep(p, tmp_path)
