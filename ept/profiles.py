@@ -69,7 +69,7 @@ class Search:
         if self.steps < 1:
             raise ValueError(f"search.steps is {self.steps}; it must be at least 1")
 
-# %% ../nbs/50_profiles.ipynb #4b7790b3
+# %% ../nbs/50_profiles.ipynb #cfd8e65f
 @dataclass(frozen=True)
 class Profile:
     "A parameter file, read and checked."
@@ -80,11 +80,11 @@ class Profile:
     backbone: BackboneChoice
     data: DataChoice
     grid: Grid
-    search: Search = field(default_factory=Search)
     training: dict[str, Any] = field(default_factory=dict)  # for every run
     methods: dict[str, dict] = field(default_factory=dict)  # for every run of one method
     tasks: dict[str, dict] = field(default_factory=dict)  # overrides for every run on one task
     file: Path | None = None  # where it was read
+    search: Search = field(default_factory=Search)  # for learning rates
 
     def __post_init__(self):
         for task in (*self.grid.tasks, *self.tasks):

@@ -127,7 +127,7 @@ def open_backbone(
     backbone.model.config._name_or_path = name  # an adapter shall not remember a folder of this machine
     return dataclasses.replace(backbone, name=name)
 
-# %% ../nbs/51_stages.ipynb #fa04e388
+# %% ../nbs/51_stages.ipynb #38f18709
 def keep_source(
     profile: Profile,
     task: str,  # of `grid.sources`
@@ -138,12 +138,13 @@ def keep_source(
     run, folder = paths.adapter(f"{task}-pt-{seed}"), paths.source(task, seed)
     if not run.is_dir():
         raise FileNotFoundError(f"{run} is missing; run the train stage of {task}-pt-{seed} first (make reproduce)")
-    temporary = folder.with_name(f".{task}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = paths.checkpoint(f"source-{task}-{seed}")  # DVC looks at all of the folder's neighbours
+    for place in (temporary, folder):
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(run / name, temporary / name)
-    shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder
 

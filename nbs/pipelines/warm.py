@@ -1,7 +1,7 @@
 """A process that has imported the big libraries and forks a worker for each stage.
 
-Importing PyTorch, transformers and the rest takes 3 to 5 seconds, and the embedded grid has 90 stages that then work for one or
-two. `make reproduce` starts this process, and each stage's `run.py` hands over its arguments, its folder and its terminal,
+Importing PyTorch, transformers and the rest takes 3 to 5 seconds, and the embedded grid has 130 stages that then work for two
+or less. `make reproduce` starts this process, and each stage's `run.py` hands over its arguments, its folder and its terminal,
 and waits for the exit status. The library itself is not imported here: a worker imports it as it is on the disk.
 
 A worker lives no longer than the `run.py` that asked for it, and this process no longer than the one that started it.
