@@ -43,7 +43,7 @@ def padding_last(
         return None
     return padded.int().argsort(dim=1, stable=True)
 
-# %% ../nbs/21_model.ipynb #e1b4813e
+# %% ../nbs/21_model.ipynb #6b2c6437
 def start_of(
     config: EPTConfig,
     backbone: PreTrainedModel,
@@ -108,8 +108,9 @@ class EPTModel(nn.Module):
 
     def train(self, mode: bool = True) -> "EPTModel":
         "Set the prompt's mode; the backbone stays in evaluation mode, without dropout."
-        super().train(mode)
-        self.backbone.eval()
+        if self.training != mode or self.prompt.training != mode or self.backbone.training:  # hundreds of modules, asked every step
+            super().train(mode)
+            self.backbone.eval()
         return self
 
     def num_trainable_parameters(self) -> int:
@@ -184,7 +185,7 @@ def _decoder_output(model, prompt, text, attention_mask, labels, only_labelled):
     loss = F.cross_entropy(logits.float(), target[chosen])
     return PromptedOutput(loss=loss, logits=logits if only_labelled else head(hidden))
 
-# %% ../nbs/21_model.ipynb #5caa1469
+# %% ../nbs/21_model.ipynb #ab4f4337
 @patch
 def forward(
     self: EPTModel,
@@ -201,7 +202,7 @@ def forward(
         prompt, offset = _prompt_for(self, input_ids, attention_mask > 0)
         text = embed_text(self._embeddings, input_ids, offset, attention_mask > 0)
         embeddings, mask = _join(prompt, text, attention_mask)
-        return self.backbone(inputs_embeds=embeddings, attention_mask=mask, labels=labels)
+        return self.backbone(inputs_embeds=embeddings, attention_mask=mask, labels=labels, use_cache=False)
     (labels,) = _reorder(order, labels)
     moved = (attention_mask > 0) if labels is None else (attention_mask > 0) & (labels == -100)
     prompt, offset = _prompt_for(self, input_ids, moved)
