@@ -75,7 +75,7 @@ def _improvement(table):
     most = f" {top['relative']:+.1f} % {'at most, ' if len(found) > 1 else ''}against `{top['method']}`"
     return f"Relative to the mean score of the others, `ept` is at{mean}{most}. The paper's abstract says: up to 12.9 %."
 
-# %% ../nbs/62_page.ipynb #961a9cb4
+# %% ../nbs/62_page.ipynb #d685bde8
 def _consistency(table):
     "The worst gap and the spread of ranks."
     found = table.overall().dropna(subset="worst_gap").set_index("method")
@@ -116,7 +116,7 @@ def findings(
     table: ScoreTable,
 ) -> list[str]:  # sentences, names of methods in backticks
     "What the numbers say, in words."
-    first = ["This profile proves the machinery: tiny backbone, made-up data. Nothing below says anything about English."] if table.profile.profile == "embedded" else []
+    first = ["This profile proves the machinery: tiny backbone, made-up data. Nothing below says anything about English."] if table.profile.profile in LABELS else []
     texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _doubts) if (text := question(table))]
     return first + [re.sub(r"(?<![\w-])-(?=\d)", "−", text) for text in texts]
 
