@@ -2,8 +2,8 @@
 
 `dvc repro` does the same, one stage after another. Here the runs are dealt out to several processes, each with an explicit
 list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the backbone would
-collide), waiting for each other's lock on the repository. An ordinary `dvc repro` at the end finishes what is left and confirms
-that nothing is missing.
+collide), waiting for each other's lock on the repository. A single item also spares DVC reading the 2,600 stages of all
+profiles, which takes it ten seconds. Where a job has failed, an ordinary `dvc repro` goes over everything once more.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def run_grid(jobs, profile, environment, dvc):
     jobs = max(1, min(jobs, len(rounds[-1])))
     if jobs == 1:
         return dvc("repro", file)
-    if failed := dvc("repro", f"{file}:backbone"):
+    if failed := dvc("repro", "--single-item", f"{file}:backbone"):
         return failed
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"EPT_THREADS": threads, "OMP_NUM_THREADS": threads, **environment}
@@ -108,8 +108,9 @@ def run_grid(jobs, profile, environment, dvc):
         for blocks in () if failed else rounds:
             shares = [sum((stages for i, stages in blocks if i % jobs == job), []) for job in range(jobs)]
             failed = failed or any([process.wait() for process in [start(stages) for stages in shares if stages]])
-        if failed:
-            print("a job has failed, see above; an ordinary pass finishes the rest:", file=sys.stderr, flush=True)
+        if not failed and not start([f"{file}:report"]).wait():
+            return 0
+    print("a job has failed, see above; an ordinary pass finishes the rest:", file=sys.stderr, flush=True)
     return dvc("repro", file)
 
 
