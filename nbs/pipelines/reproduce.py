@@ -2,7 +2,7 @@
 
 `dvc repro` does the same, one stage after another. Here the runs are dealt out to several processes, each with an explicit
 list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the backbone would
-collide), waiting for each other's lock on the repository. A single item also spares DVC reading the 2,600 stages of all
+collide), waiting for each other's lock on the repository. A single item also spares DVC reading the stages of all
 profiles, which takes it ten seconds. Where a job has failed, an ordinary `dvc repro` goes over everything once more.
 """
 
