@@ -63,6 +63,16 @@ def tiny_backbone(kind):
     return Backbone(model.requires_grad_(False), byte_tokenizer(eos=kind == "t5"), f"tiny-{kind}", "test")
 
 
+def moved(model):
+    """The model with every trainable number moved, as training would."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
 @pytest.fixture(params=list(MODELS))
 def backbone(request):
     """A tiny backbone of every supported architecture."""

@@ -16,6 +16,7 @@ from ept.product import PromptProduct
 from ept.prompt import EPTConfig
 from ept.residual import ResidualPrompt
 from ept.sources import SOURCE_TASKS
+from tests.conftest import moved
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2, seed=3)
 SIZES |= dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
@@ -43,12 +44,7 @@ def build(method, model, **changes):
 @pytest.fixture
 def trained(model):
     """The model with every trainable number moved, as training would."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return moved(model)
 
 
 def inputs(lengths=(4, 7), total=None, side="right"):

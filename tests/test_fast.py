@@ -21,6 +21,7 @@ from ept.ranking import predict, rank_labels
 from ept.settings import repository_root
 from ept.tasks import get_task
 from ept.training import TrainingConfig, collate, train
+from tests.conftest import moved
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=40, spaces=3, space_width=1, fusion_width=2, seed=3)
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -29,13 +30,7 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 @pytest.fixture
 def model(backbone):
     """EPT with every trainable number moved, as training would."""
-    model = build_method("ept", backbone.model, **SIZES)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return moved(build_method("ept", backbone.model, **SIZES))
 
 
 def examples(lengths, family):
