@@ -115,6 +115,7 @@ def draw(file):
             medians = [s["median"] for s in found["step_seconds"].values()]
             left.plot(lengths, medians, color=colours[contender], marker=markers[contender], label=NAMES[contender].replace("`", ""))
         left.set(xscale="log", yscale="log", xlabel="tokens of a text", ylabel="seconds of a training step", title=f"{SHAPES[name]}, batches of {shape['batch_size']}")
+        left.set_ylim(top=6 * left.get_ylim()[1])  # room for the legend
         left.set_xticks(lengths, lengths)
         left.minorticks_off()
         ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if left.get_ylim()[0] <= t <= left.get_ylim()[1]]
