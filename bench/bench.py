@@ -148,11 +148,12 @@ def main(arguments=None):
     file = ROOT / "bench" / "results" / f"{options.name}.json"
     kept = json.loads(file.read_text())["shapes"] if file.exists() else {}
     machine = call("machine", steps=20)
+    rates = machine.pop("rates")
     machine.pop("process_seconds")
     result = {"date": str(date.today()), "machine": {**machine, "processor": processor()}, "shapes": kept}
     file.parent.mkdir(parents=True, exist_ok=True)
     for shape in options.shapes:
-        result["shapes"][shape] = bench_shape(shape, options, say)
+        result["shapes"][shape] = {"rates": rates, **bench_shape(shape, options, say)}
         file.write_text(json.dumps(result, indent=1) + "\n")
     from show import show
 

@@ -46,7 +46,7 @@ def training_table(shape, machine):
     rows = []
     for name, found in shape["train"].items():
         kind = precision(name, machine)
-        share = lambda n: found["operations"][n] / found["step_seconds"][n]["median"] / machine["rates"][kind]
+        share = lambda n: found["operations"][n] / found["step_seconds"][n]["median"] / shape["rates"][kind]
         rows.append([
             NAMES[name], kind, *(cell(found["step_seconds"][n], first["step_seconds"][n]) for n in lengths),
             f"{found['peak_bytes']['median'] / 1e9:.2f} GB ({found['peak_bytes']['median'] / first['peak_bytes']['median']:.2f})",
@@ -80,12 +80,13 @@ def show(file):
     "All tables of a result file, Markdown."
     result = json.loads(Path(file).read_text())
     machine, parts = result["machine"], []
-    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {name}" for name, rate in machine["rates"].items())
     flags = ", ".join(machine["processor"]["flags"])
     where = f"{machine['threads']} threads of {machine['processor']['name']} ({flags})" if machine["device"] == "cpu" else machine["device"]
-    parts.append(f"Measured on {result['date']}: {where}, PyTorch {machine['torch']}; matrix products of the machine: {rates}.")
+    parts.append(f"Measured on {result['date']}: {where}, PyTorch {machine['torch']}.")
     for name, shape in result["shapes"].items():
-        parts += [f"### {SHAPES[name]}, batches of {shape['batch_size']}", "Seconds of a training step:", training_table(shape, machine)]
+        rates = " and ".join(f"{rate / 1e9:.0f} GFLOP/s in {kind}" for kind, rate in shape["rates"].items())
+        parts += [f"### {SHAPES[name]}, batches of {shape['batch_size']}", f"Matrix products of the machine, measured in the same run: {rates}."]
+        parts += ["Seconds of a training step:", training_table(shape, machine)]
         alone = ", ".join(f"{NAMES[n]} {1000 * s['median']:.2f} ms" for n, s in shape["prompt_seconds"].items())
         share = (shape["prompt_seconds"]["ept"]["median"] - shape["prompt_seconds"]["dept"]["median"]) / next(iter(shape["train"]["dept"]["step_seconds"].values()))["median"]
         parts.append(f"Of a step, what the prompt itself takes, forward and backward: {alone}. Fusion and projection are {100 * share:.1f} % of the shortest step of `dept`.")

@@ -70,6 +70,14 @@ def test_lengths_are_counted_for_every_task():
 
 
 @pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.stem)
+def test_shares_are_of_the_rate_measured_in_the_same_run(file):
+    for shape in json.loads(file.read_text())["shapes"].values():
+        assert set(shape["rates"]) == {"float32", "bfloat16"}
+        for found in shape["train"].values():
+            assert all(0 < found["operations"][n] / s["median"] < max(shape["rates"].values()) for n, s in found["step_seconds"].items())
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda f: f.stem)
 def test_page_shows_the_results(file):
     page = (ROOT / "bench" / "README.md").read_text()
     assert show.show(file) in page, f"run: python bench/show.py {file.relative_to(ROOT)} --readme"
