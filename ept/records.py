@@ -50,7 +50,7 @@ def code_version(
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
-# %% ../nbs/52_records.ipynb #ebbb1061
+# %% ../nbs/52_records.ipynb #a5c8a24a
 def _majority(task, data):
     "Each metric of a constant answer."
     train, test = data["train"]["label"], data["test"]
@@ -86,6 +86,7 @@ def make_record(
         "adapter_bytes": sum(f.stat().st_size for f in adapter.glob("*.safetensors")),
         "chosen_step": saved["chosen_step"],
         "config": {k: saved[k] for k in ("training", "sizes", "max_length", "source_prompts", "search") if k in saved},
+        **({"swept": next(iter(plan.moved))} if plan.moved else {}),
         "history": {c: [None if pd.isna(v) else v for v in history[c].tolist()] for c in history},
         "gate_weights": gates,
         "packages": package_versions(),

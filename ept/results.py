@@ -356,7 +356,7 @@ def _made_up_sweep(tasks, seeds):
     rng, values = np.random.default_rng(5), {"short_length": (10, 20, 60, 80), "rank": (5, 10, 40), "spaces": (1, 2, 8)}
     return pd.DataFrame([(k, v, t, "ept", s, 60 + 2 * math.log2(v) + 5 * i + rng.normal()) for k in values for v in values[k] for i, t in enumerate(tasks[:3]) for s in seeds], columns=SWEEP)
 
-# %% ../nbs/60_results.ipynb #84afa539
+# %% ../nbs/60_results.ipynb #c65f3750
 SWEEP = ["swept", "value", "task", "method", "seed", "score"]
 SIZES = {"short_length": "m, tokens of the short prompt", "rank": "r, rank of the pair", "spaces": "K, spaces"}
 
@@ -364,12 +364,11 @@ SIZES = {"short_length": "m, tokens of the short prompt", "rank": "r, rank of th
 def collect_sweep(
     profile: Profile,
     root: str | Path | None = None,  # of the repository
-) -> pd.DataFrame:  # columns `SWEEP`; empty without a sweep
+) -> pd.DataFrame:  # columns `SWEEP`; one row a run of the sweep, `score` is NaN where it is missing
     "The records of a profile's sweep."
     rows = []
-    for file in sorted((Paths(profile, root).results / "sweep").glob("*.json")):
-        record = json.loads(file.read_text())
-        if record.get("swept") not in SIZES:
-            raise ValueError(f"{file.name}: swept is {record.get('swept')!r}; it must be one of {', '.join(SIZES)}")
-        rows.append((record["swept"], record["config"]["sizes"][record["swept"]], record["task"], record["method"], record["seed"], record["score"]))
+    for plan in profile.sweep_runs():
+        ((swept, value),), file = plan.moved.items(), Paths(profile, root).record("scores", plan.key)
+        score = json.loads(file.read_text())["score"] if file.exists() else math.nan
+        rows.append((swept, value, plan.task, plan.method, plan.seed, score))
     return pd.DataFrame(rows, columns=SWEEP)

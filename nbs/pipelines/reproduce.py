@@ -24,11 +24,12 @@ def profiles():
 
 
 def targets(profile):
-    """Names of the stages: those that make rows, then two rounds of blocks that may run side by side.
+    """Names of the stages: those that make rows, then three rounds of blocks that may run side by side.
 
     A block is a task and a method: its search, then training and evaluation for each seed. The first round makes the prompts
-    from which other runs start; it is empty where none do. Each block comes with a number: dealt out by it, every job gets a
-    method on as many tasks as the others, so that no job has all the slow ones.
+    from which other runs start; it is empty where none do. The last is the sweep, at learning rates that the second round has
+    searched. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the others, so that
+    no job has all the slow ones.
     """
     grid = profile.grid
     file = lambda task: f"{profile.here}tasks/{task}/dvc.yaml"
@@ -43,7 +44,8 @@ def targets(profile):
     first = [(i, block(task, "pt") + keep(task)) for i, task in enumerate(sources)]
     pairs = [(i + j, task, method) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     rest = [(i, block(task, method)) for i, task, method in pairs if not (method == "pt" and task in sources)]
-    return [f"{file(task)}:prepare" for task in grid.tasks], (first, rest)
+    sweep = [(i, [f"{profile.here}dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
+    return [f"{file(task)}:prepare" for task in grid.tasks], (first, rest, sweep)
 
 
 @contextmanager
@@ -94,7 +96,7 @@ def main(arguments=None):
 def run_grid(jobs, profile, environment, dvc):
     "Bring the grid up to date with some jobs at a time; the exit status."
     file, (rows, rounds) = f"{profile.here}dvc.yaml", targets(profile)
-    jobs = max(1, min(jobs, len(rounds[-1])))
+    jobs = max(1, min(jobs, len(rounds[1])))
     if jobs == 1:
         return dvc("repro", file)
     if failed := dvc("repro", "--single-item", f"{file}:backbone"):

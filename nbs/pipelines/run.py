@@ -76,7 +76,7 @@ def run(stage, values):
         there = ["params.yaml", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("profiles/*/params.yaml"))]
         raise FileNotFoundError(f"no parameter file {used['profile_file']!r}; there are: {', '.join(there)}")
     profile = yaml.safe_load(file.read_text())["profile"]
-    key = "-".join(str(used[name]) for name in ("task", "method", "seed") if name in used)
+    key = "-".join(str(used[name]) for name in ("task", "method", "size", "seed") if name in used)
     target = ROOT / "runs" / profile / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
     if stage == "report":
         target = ROOT / "results" / profile / "report" / "report.ipynb"
