@@ -100,13 +100,13 @@ class Table:
 
     _repr_markdown_ = markdown
 
-# %% ../nbs/60a_tables.ipynb #753b90d3
+# %% ../nbs/60a_tables.ipynb #89f358b0
 PUBLISHED = {
     "name": "DePT, published: other setting",
     "source": "logs released by the authors of DePT (Shi & Lipani 2024), t5-base, whole test splits",
     "scores": {"mnli": 84.99, "qqp": 90.38, "qnli": 93.19, "sst2": 94.15, "stsb": 90.77, "mrpc": 90.69, "rte": 79.14, "cola": 63.79,
                "multirc": 74.30, "boolq": 79.33, "wic": 68.65, "wsc": 67.31, "cb": 92.86},
-    "profiles": ("paper", "smollm2"),
+    "profiles": ("paper", "smollm2", "smollm2-methods"),
 }  # fmt: skip
 
 

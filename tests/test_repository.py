@@ -161,6 +161,7 @@ def test_a_stage_watches_no_more_than_it_needs():
     own = [":training", ":methods.${item.method}", "${task}:overrides"]
     assert parameters["train"] == own and parameters["search"] == [":search", *own]
     assert parameters["evaluate"] == parameters["source"] == []
+    assert watched("sweep") == watched("train") | watched("evaluate") and parameters["sweep"] == [":training", ":methods.ept", "${item.task}:overrides"]
 
 
 def test_a_transfer_is_an_ordinary_run_that_waits_for_its_sources():
@@ -199,9 +200,10 @@ def test_no_result_depends_on_costs_notebooks_or_settings():
 def test_profile_is_sound(profile):
     read = check(load_profile(PROFILES[profile]))
     assert read.profile == profile
-    assert list(read.tasks) == list(TASKS), "every task has a folder"
+    assert list(read.tasks) == [task for task in TASKS if task in read.tasks], "in the order in which they are shown"
+    assert len(read.tasks) == (6 if profile == "smollm2-methods" else len(TASKS)), "every task has a folder"
     listed = yaml.safe_load(PROFILES[profile].read_text())
-    assert {"transfer", "sources"} <= set(listed["grid"]) and {"factors", "seed"} <= set(listed["search"]), "DVC reads them too"
+    assert {"transfer", "sources"} <= set(listed["grid"]) and {"factors", "seed"} <= set(listed["search"]) and {"tasks", "seeds", "sizes"} == set(listed["sweep"]), "DVC reads them too"
     assert (PROFILES[profile].parent / read.root).resolve() == ROOT
     assert (ROOT / read.here / "params.yaml").resolve() == PROFILES[profile]
     links = {PROFILES[profile].parent / "tasks" / task / "dvc.yaml": ROOT / "tasks" / "pipeline.yaml" for task in read.tasks}
@@ -212,7 +214,15 @@ def test_profile_is_sound(profile):
 
 
 def test_the_profiles_are_there():
-    assert {"embedded", "embedded-full", "smollm2", "paper"} <= set(PROFILES)
+    assert {"embedded", "embedded-full", "smollm2", "smollm2-methods", "paper"} <= set(PROFILES)
+
+
+def test_the_grid_of_real_rows_has_the_tasks_and_methods_that_are_compared():
+    read = load_profile(PROFILES["smollm2-methods"])
+    assert {"sst2", "rte", "mrpc", "cola", "stsb", "cb"} <= set(read.tasks)
+    assert {"ept", "ept-no-fusion", "ept-no-projection", "dept", "pt", "lora", "bitfit"} <= set(read.grid.methods)
+    assert (len(read.grid.seeds), len(read.search.factors)) == (2, 3)
+    assert not set().union(*read.methods.values()) - {"learning_rate"}, "one budget for all; only where the search begins may differ"
 
 
 def test_the_full_grid_is_the_embedded_one_with_every_method():
@@ -248,10 +258,11 @@ def test_jobs_share_the_grid(profile):
     finally:
         sys.path.pop(0)
     read = load_profile(PROFILES[profile])
-    rows, (first, rest) = targets(read)
-    stages = [*rows, *(s for _, block in (*first, *rest) for s in block)]
+    rows, (first, rest, sweep) = targets(read)
+    stages = [*rows, *(s for _, block in (*first, *rest, *sweep) for s in block)]
     runs, pairs, kept = len(read.runs()), len(read.tasks) * len(read.grid.methods), len(read.grid.sources) * len(read.grid.seeds)
-    assert len(set(stages)) == len(stages) == len(read.tasks) + pairs + 2 * runs + kept
+    assert len(set(stages)) == len(stages) == len(read.tasks) + pairs + 2 * runs + kept + len(read.sweep_runs())
+    assert not any("sweep@" in s for _, block in (*first, *rest) for s in block), "the rates have to be searched before"
     assert sum("source@" in s for _, block in first for s in block) == kept
     assert not any("-transfer@" in s for _, block in first for s in block)
     for method in read.grid.methods:
@@ -267,6 +278,7 @@ def test_grid_is_the_product_of_the_lists(name):
     files = [f"{here}dvc.yaml", *(f"{here}tasks/{task}/dvc.yaml" for task in grid.tasks)]
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", *files, "--name-only"], cwd=ROOT, capture_output=True, text=True, check=True)
     expected = ["backbone", "report", *(f"source@{t}-{s}" for t in grid.sources for s in grid.seeds)]
+    expected += [f"sweep@{run.task}-{run.size}-{run.seed}" for run in profile.sweep_runs()]
     expected = [f"{here}dvc.yaml:{stage}" if here else stage for stage in expected]
     for run in profile.runs():
         kind = "-transfer" if run.method in grid.transfer else ""

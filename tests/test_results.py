@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import stats
 from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
 from ept.metrics import score_task
 from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
-from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile
+from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep
 from ept.results import ScoreTable, collect, collect_sweep, made_up
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from ept.tables import PUBLISHED, comparison_table, frames, overall_table, score_table, turned_table
@@ -429,10 +430,10 @@ def test_small_and_broken_grids_have_a_report(size, tmp_path):
 # ---- tables ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["paper", "smollm2", "embedded", "made-up"])
+@pytest.mark.parametrize("name", ["paper", "smollm2", "smollm2-methods", "embedded", "embedded-full", "made-up"])
 def test_published_scores_stand_apart_and_only_beside_real_ones(name):
     table = made_up(tasks=("cola", "cb"), name=name)
-    part, beside = score_table(table), name in ("paper", "smollm2")
+    part, beside = score_table(table), name in ("paper", "smollm2", "smollm2-methods")
     texts = (part.markdown(), part.html(), turned_table(table).latex(), turned_table(table, intervals=True).html())
     for text in texts:
         assert ("63.79" in text and "92.86" in text and "other setting" in text and "not measured here" in text) == beside
@@ -578,19 +579,17 @@ def test_figures_are_left_out_where_there_is_nothing_to_draw():
 
 
 def test_a_sweep_is_read_from_records_and_drawn_with_the_grids_point(tmp_path):
-    p = profile(tasks=("cola",), methods=("pt", "ept"))
+    plain = profile(tasks=("cola",), methods=("pt", "ept"))
+    p = replace(plain, sweep=Sweep(("cola",), (0,), ("rank-5", "rank-10", "rank-15")))
     write(tmp_path, p, "cola-pt-0", 70)
     write(tmp_path, p, "cola-ept-0", 90)
+    assert read(plain, tmp_path).sweep.empty and plot_sweep(read(plain, tmp_path)) is None
     base = json.loads(Paths(p, tmp_path).record("scores", "cola-ept-0").read_text())
-    folder = Paths(p, tmp_path).results / "sweep"
-    folder.mkdir()
-    for rank in (5, 10):
-        record = base | {"swept": "rank", "score": 80.0 + rank, "config": {"sizes": {"short_length": 40, "rank": rank, "spaces": 4}}}
-        (folder / f"rank-{rank}-cola-ept-0.json").write_text(json.dumps(record))
+    for plan in p.sweep_runs()[:2]:
+        Paths(p, tmp_path).record("scores", plan.key).write_text(json.dumps(base | {"swept": "rank", "score": 80.0 + plan.moved["rank"]}))
     table = read(p, tmp_path)
-    assert table.sweep[["swept", "value", "score"]].sort_values("value").to_numpy().tolist() == [["rank", 5, 85.0], ["rank", 10, 90.0]]
+    assert table.sweep[["swept", "value"]].to_numpy().tolist() == [["rank", 5], ["rank", 10], ["rank", 15]]
+    assert table.sweep["score"].tolist()[:2] == [85.0, 90.0] and math.isnan(table.sweep["score"][2]), "a run that is missing is a row"
+    assert len(table.runs) == 2, "a sweep's runs are no runs of the grid"
     axes = plot_sweep(table).axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["5", "10", "20"], "the grid's own rank is a point, too"
-    (folder / "wrong.json").write_text(json.dumps(base | {"swept": "width"}))
-    with pytest.raises(ValueError, match="wrong.json: swept is 'width'; it must be one of short_length, rank, spaces"):
-        collect_sweep(p, tmp_path)
