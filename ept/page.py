@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['PAGE', 'MANY', 'FIGURES', 'ABSENT', 'findings', 'protocol', 'render', 'write_report']
 
-# %% ../nbs/62_page.ipynb #eec6973c
+# %% ../nbs/62_page.ipynb #50acfecf
 import html
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
-from .results import LABELS, ScoreTable
+from .results import LABELS, SIZES, ScoreTable
 from .settings import write_atomic
 from .statistics import DRAWS
-from .tables import comparison_table, conditions, frames, overall_table, score_table, turned_table, ungrouped
+from .tables import comparison_table, conditions, frames, overall_table, rates_table, score_table, turned_table, ungrouped
 
 # %% ../nbs/62_page.ipynb #e22b8917
 def _points(found):
@@ -75,7 +76,7 @@ def _improvement(table):
     most = f" {top['relative']:+.1f} % {'at most, ' if len(found) > 1 else ''}against `{top['method']}`"
     return f"Relative to the mean score of the others, `ept` is at{mean}{most}. The paper's abstract says: up to 12.9 %."
 
-# %% ../nbs/62_page.ipynb #d685bde8
+# %% ../nbs/62_page.ipynb #6ff53369
 def _consistency(table):
     "The worst gap and the spread of ranks."
     found = table.overall().dropna(subset="worst_gap").set_index("method")
@@ -112,12 +113,28 @@ def _doubts(table):
     return "Read with care: " + "; ".join(said) + "." if said else ""
 
 
+def _sizes(table):
+    "How far the sizes move the score."
+    found = table.sweep.dropna(subset="score") if table.sweep is not None else []
+    if not len(found):
+        return ""
+    parts = []
+    for swept, rows in found.groupby("swept", sort=False):
+        means, own = rows.groupby("value")["score"].mean(), rows.drop_duplicates(["task", "seed"])[["task", "seed"]]
+        usual = [r["score"] for r in table.runs.merge(own).to_dict("records") if r["method"] == "ept"]
+        grid = f", the grid's own at {np.mean(usual):.1f}" if usual and not np.isnan(usual).any() else ""
+        parts.append(f"{SIZES[swept].split(',')[0]} from {means.index.min()} to {means.index.max()}, mean scores between {means.min():.1f} ({SIZES[swept].split(',')[0]} = {means.idxmin()}) and {means.max():.1f} ({means.idxmax()}){grid}")
+    gone = int(table.sweep["score"].isna().sum())
+    rest = f" {_many(gone, 'run')} of the sweep {'is' if gone == 1 else 'are'} missing." if gone else ""
+    return f"Sizes of `ept`, on {', '.join(found['task'].unique())}: {'; '.join(parts)}.{rest}"
+
+
 def findings(
     table: ScoreTable,
 ) -> list[str]:  # sentences, names of methods in backticks
     "What the numbers say, in words."
     first = ["This profile proves the machinery: tiny backbone, made-up data. Nothing below says anything about English."] if table.profile.profile in LABELS else []
-    texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _doubts) if (text := question(table))]
+    texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _sizes, _doubts) if (text := question(table))]
     return first + [re.sub(r"(?<![\w-])-(?=\d)", "−", text) for text in texts]
 
 # %% ../nbs/62_page.ipynb #c0621300
@@ -178,7 +195,7 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.2rem; 
 </body></html>
 """
 
-# %% ../nbs/62_page.ipynb #36b2bcf6
+# %% ../nbs/62_page.ipynb #60f67bd1
 MANY = 6  # methods; with more the table has methods as rows
 FIGURES = {
     "scores": ("Intervals, task by task", "Mean over seeds with a 95 % bootstrap interval over test examples; small ticks are single seeds. The dashed line is the majority score. Hollow: the same answer to every example.", plot_scores),
@@ -187,13 +204,13 @@ FIGURES = {
     "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters),
     "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time),
     "ablations": ("Ablations", "What EPT loses where one part is taken away, task by task.", plot_ablations),
-    "sweep": ("Sizes", "A thin line a task, the thick one their mean; the ring is the grid's own size.", plot_sweep),
+    "sweep": ("Sizes", "A thin line a task, the thick one their mean; the ring is the grid's own size. The budget is the same everywhere: where m or K is moved up, r goes down, and the other way round.", plot_sweep),
     "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves),
     "gates": ("Gate weights", "How much each space counts for each prompt token of ept, task by task (first seed): light is little, dark is much.", plot_gates),
 }
 ABSENT = {
     "comparison": "the grid has no second method beside ept", "ranks": "it takes two comparable methods with results on one task", "parameters": "it takes two methods that train something",
-    "time": "it takes two methods whose training was timed", "ablations": "the grid has no ablation of ept", "sweep": "no sweep over m, r and K has been run (results/<profile>/sweep is empty)",
+    "time": "it takes two methods whose training was timed", "ablations": "the grid has no ablation of ept", "sweep": "no sweep over m, r and K has been run",
     "curves": "nothing was trained", "gates": "no run of ept has a gate",
 }  # fmt: skip
 
@@ -209,7 +226,7 @@ def render(
 ) -> str:
     "The page."
     scores = score_table(table) if len(table.methods) <= MANY else turned_table(table, intervals=True)
-    parts = [("Scores", scores), ("Methods", overall_table(table)), ("Comparisons", comparison_table(table))]
+    parts = [("Scores", scores), ("Methods", overall_table(table)), ("Comparisons", comparison_table(table)), ("Learning rates", rates_table(table))]
     tables = "".join(f"<h3>{title}</h3>\n{part.html()}\n" for title, part in parts if part)
     figures = "".join(f'<h3>{FIGURES[n][0]}</h3>\n<figure role="img" aria-label="{html.escape(FIGURES[n][1])}">{svg}<figcaption>{html.escape(FIGURES[n][1])}</figcaption></figure>\n' for n, svg in svgs.items())
     left_out = "".join(f"<li>{FIGURES[n][0]}: {html.escape(ABSENT[n])}.</li>" for n in ABSENT if n not in svgs)
@@ -220,16 +237,17 @@ def render(
         absent=f"<h3>Not drawn</h3>\n<ul>{left_out}</ul>" if left_out else "", protocol="".join(f"<dt>{a}</dt><dd>{_code(b)}</dd>" for a, b in protocol(table)),
     )  # fmt: skip
 
-# %% ../nbs/62_page.ipynb #0935e42c
+# %% ../nbs/62_page.ipynb #af89e385
 def _files(table):
     "Every file but the figures and the page: path -> text."
-    parts = [part for part in (score_table(table), overall_table(table), comparison_table(table)) if part]
-    lines = ["## Findings", "", *(f"- {text}" for text in findings(table)), "", "## Scores", "", parts[0].markdown(), "## Methods", "", parts[1].markdown()]
-    lines += ["## Comparisons", "", parts[2].markdown()] if len(parts) > 2 else []
+    named = {"Scores": score_table(table), "Methods": overall_table(table), "Comparisons": comparison_table(table), "Learning rates": rates_table(table)}
+    parts = {title: part for title, part in named.items() if part}
+    lines = ["## Findings", "", *(f"- {text}" for text in findings(table)), ""]
+    lines += [line for title, part in parts.items() for line in (f"## {title}", "", part.markdown())]
     numbers = {name: frame.to_csv(index=False, float_format="%.4f") for name, frame in frames(table).items()}
     found = {"table.md": "\n".join(lines), "table.csv": numbers.pop("scores")}
     found |= {f"tables/{name}.csv": text for name, text in numbers.items()}
-    return found | {f"tables/{part.name}.tex": part.latex() for part in (turned_table(table), *parts[1:])}
+    return found | {f"tables/{part.name}.tex": part.latex() for part in (turned_table(table), *list(parts.values())[1:])}
 
 
 def write_report(

@@ -313,7 +313,7 @@ def _differences(self, method: str = "ept") -> pd.DataFrame:  # one row a task a
 
 ScoreTable.differences = _differences
 
-# %% ../nbs/60_results.ipynb #35b3d478
+# %% ../nbs/60_results.ipynb #c0d1395b
 def made_up(
     tasks: tuple[str, ...] = ("cola", "sst2", "stsb", "multirc", "cb"),
     methods: tuple[str, ...] = ("frozen", "pt", "ept"),
@@ -342,7 +342,7 @@ def _made_up_run(task, method, seed, skill, n, there):
     sizes = {"frozen": 0, "finetune": 2900, "lora": 49, "adapter": 25, "adapterdrop": 14, "bitfit": 3.6, "attempt": 3}
     steps, size = [100, 200, 300], int(76_800 * sizes.get(method, 1))
     row = {"task": task.name, "method": method, "seed": seed, "metric": task.score, "score": score, "majority_score": 0.0 if task.score != "accuracy" else 100 * float(np.mean(labels == np.bincount(labels.astype(int)).argmax())), "n": n}
-    row |= {"trainable_parameters": size, "chosen_step": 300, "metrics": {}, "backbone": {"revision": None}, "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}}}
+    row |= {"trainable_parameters": size, "chosen_step": 300, "metrics": {}, "backbone": {"revision": None}, "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}, "search": {"factor": float(own.choice([0.3, 1, 3])), "factors": [0.3, 1, 3]}}}
     row |= {"history": {"step": steps, "loss": [2.0, 1.0, 0.8], "score": [score - 20, score - 5, score]} if size else {"step": [], "loss": [], "score": []}}
     row |= {"gate_weights": own.dirichlet([4, 3, 2, 1], size=12).tolist() if kind(method) == "ept" else None, "labels": labels, "predictions": predictions}
     row |= {"groups": np.arange(n) // 4 if task.group else None}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Cell', 'escape', 'Table', 'conditions', 'ungrouped', 'score_cell', 'score_table', 'turned_table',
-           'overall_table', 'comparison_table', 'frames']
+           'overall_table', 'comparison_table', 'rates_table', 'frames']
 
 # %% ../nbs/60a_tables.ipynb #e0514b4b
 import html
@@ -275,12 +275,31 @@ def comparison_table(
     columns = ["against", "tasks", "points", "relative, %", "largest, %", "win / tie / loss", "p bootstrap", *(["p Wilcoxon, tasks and seeds"] if several else []), "p Wilcoxon, tasks"]
     return Table("comparison", columns, rows, caption)
 
-# %% ../nbs/60a_tables.ipynb #9ff71812
+# %% ../nbs/60a_tables.ipynb #17878f84
+def rates_table(
+    table: ScoreTable,
+) -> Table | None:  # None where nothing was tried
+    "The factor of its learning rates that each method's search has chosen, task by task."
+    found = {(r["task"], r["method"]): r["config"]["search"] for r in table.runs.to_dict("records") if r["trainable_parameters"] and "search" in (r["config"] or {})}
+    found = {key: search for key, search in found.items() if len(search["factors"]) > 1}
+    methods = [m for m in table.methods if any(method == m for _, method in found)]
+    if not methods:
+        return None
+    edges = sum(search["factor"] in (min(search["factors"]), max(search["factors"])) for search in found.values())
+    rows = [[Cell(m), *(Cell(f"{found[t, m]['factor']:g}") if (t, m) in found else Cell("missing") for t in table.tasks)] for m in methods]
+    tried = ", ".join(f"{factor:g}" for factor in sorted({factor for search in found.values() for factor in search["factors"]}))
+    caption = (
+        f"By which factor a method's learning rates were multiplied on each task, chosen on validation among {tried}, in trainings of {table.profile.search.steps} steps. "
+        f"{edges} of {len(found)} choices lie at the edge of what was tried: there a rate beyond it may do better."
+    )
+    return Table("rates", ["method", *table.tasks], rows, caption)
+
+# %% ../nbs/60a_tables.ipynb #b83256ed
 def frames(
     table: ScoreTable,
     method: str = "ept",
 ) -> dict[str, pd.DataFrame]:  # name -> numbers
     "What stands behind the tables."
     here = method in table.methods
-    found = {"scores": table.cells.drop(columns="device"), "overall": table.overall(), "comparison": table.compare(method) if here else None, "differences": table.differences(method) if here else None}
+    found = {"scores": table.cells.drop(columns="device"), "overall": table.overall(), "comparison": table.compare(method) if here else None, "differences": table.differences(method) if here else None, "sweep": table.sweep}
     return {name: frame for name, frame in found.items() if frame is not None and len(frame)}

@@ -228,7 +228,7 @@ def test_the_grid_of_real_rows_has_the_tasks_and_methods_that_are_compared():
 def test_the_full_grid_is_the_embedded_one_with_every_method():
     short, full, paper = (load_profile(PROFILES[name]) for name in ("embedded", "embedded-full", "paper"))
     assert (full.backbone, full.data, full.tasks) == (short.backbone, short.data, short.tasks)
-    assert {name: full.training[name] for name in short.training} == short.training
+    assert {name: full.training[name] for name in short.training} == short.training | {"steps": 200}, "the same training, cut short"
     assert set(full.grid.methods) == set(METHODS) and set(paper.grid.methods) == set(METHODS) - {"frozen"}
     assert (full.grid.methods.count("ept"), len(full.grid.seeds), len(full.search.factors)) == (1, 2, 3)
     assert (short.grid.methods, short.grid.seeds, short.search.factors) == (("frozen", "pt", "ept"), (0,), (1.0,))

@@ -17,7 +17,7 @@ from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
 from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep
 from ept.results import ScoreTable, collect, collect_sweep, made_up
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
-from ept.tables import PUBLISHED, comparison_table, frames, overall_table, score_table, turned_table
+from ept.tables import PUBLISHED, comparison_table, frames, overall_table, rates_table, score_table, turned_table
 from ept.tasks import TASKS
 
 METHODS = ("frozen", "pt", "ept")
@@ -593,3 +593,18 @@ def test_a_sweep_is_read_from_records_and_drawn_with_the_grids_point(tmp_path):
     assert len(table.runs) == 2, "a sweep's runs are no runs of the grid"
     axes = plot_sweep(table).axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["5", "10", "20"], "the grid's own rank is a point, too"
+    said = next(text for text in findings(table) if text.startswith("Sizes"))
+    assert "on cola: r from 5 to 10, mean scores between 85.0 (r = 5) and 90.0 (10), the grid's own at 90.0" in said and "1 run of the sweep is missing" in said
+
+
+def test_what_the_searches_chose_is_a_table(large, tmp_path):
+    part = rates_table(large)
+    assert [row[0].value for row in part.rows] == [m for m in large.methods if m != "frozen"] and part.columns[1:] == large.tasks
+    runs = large.runs[(large.runs["method"] == "lora") & (large.runs["task"] == "sst2")]
+    row = next(row for row in part.rows if row[0].value == "lora")
+    assert float(row[1 + large.tasks.index("sst2")].value) in {c["search"]["factor"] for c in runs["config"]}
+    edges = sum(cell.value in ("0.3", "3") for row in part.rows for cell in row[1:])
+    assert f"{edges} of " in part.caption and "0.3, 1, 3" in part.caption
+    p = profile(tasks=("cola",), methods=("pt",))
+    write(tmp_path, p, "cola-pt-0", 70)
+    assert rates_table(read(p, tmp_path)) is None, "nothing was tried"
