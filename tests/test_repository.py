@@ -8,13 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ept.methods import METHODS
-from ept.profiles import check, load_profile
+from ept.profiles import SWEPT, check, load_profile
+from ept.prompt import EPTConfig
 from ept.synthetic import write_datasets
 from ept.tasks import TASKS
 
@@ -215,6 +217,16 @@ def test_profile_is_sound(profile):
 
 def test_the_profiles_are_there():
     assert {"embedded", "embedded-full", "smollm2", "smollm2-methods", "paper"} <= set(PROFILES)
+
+
+@pytest.mark.parametrize(("profile", "width"), [("embedded-full", 128), ("paper", 768)])
+def test_a_sweep_moves_every_size_and_fits_the_budget(profile, width):
+    runs = load_profile(PROFILES[profile]).sweep_runs()
+    moved = [run.moved for run in runs]
+    assert {name for size in moved for name in size} == set(SWEPT)
+    for run in runs:
+        own, swept = (EPTConfig(**sizes).resolve(width) for sizes in (replace(run, size=None).resolve()[1], run.resolve()[1]))
+        assert swept != own and swept.num_parameters(width) <= width * swept.prompt_length
 
 
 def test_the_grid_of_real_rows_has_the_tasks_and_methods_that_are_compared():
