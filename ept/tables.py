@@ -16,7 +16,7 @@ import pandas as pd
 
 from .results import LABELS, ScoreTable
 
-# %% ../nbs/60a_tables.ipynb #5329dabc
+# %% ../nbs/60a_tables.ipynb #71463378
 @dataclass(frozen=True)
 class Cell:
     "A value and what has to be said with it."
@@ -52,7 +52,7 @@ def escape(
 ) -> str:
     "A text for LaTeX."
     known = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "<": r"$<$"}
-    return "".join(known.get(c, c) for c in text)
+    return re.sub(r"`([^`]+)`", r"\\texttt{\1}", "".join(known.get(c, c) for c in text))
 
 # %% ../nbs/60a_tables.ipynb #c43f3e64
 @dataclass(frozen=True)
