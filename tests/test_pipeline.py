@@ -45,6 +45,7 @@ PARAMETERS = {
     "data": {"source": "embedded", "depends": "data", "subsample": {"validation": 16, "test": 24}},
     "grid": {"methods": ["pt", "ept"], "seeds": [0], "transfer": [], "sources": []},
     "search": {"factors": [1], "steps": 2, "seed": 0},
+    "sweep": {"tasks": [], "seeds": [], "sizes": []},
     "training": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "prompt_length": 60, "short_length": 8, "max_length": 96},
     "methods": {"pt": {}, "ept": {}},
 }  # fmt: skip
@@ -210,6 +211,23 @@ def test_settings_change_nothing(clone):
     with open(clone.root / "settings.ini", "a") as file:
         file.write("\n# touched\n")
     assert clone.reproduce(jobs=1) == []
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_beside_the_grid(clone):
+    grid = clone.files("results/embedded/scores")
+    clone.write({**PARAMETERS, "sweep": {"tasks": ["cb"], "seeds": [0], "sizes": ["rank-1", "short_length-4"]}})
+    assert clone.reproduce() == ["report", "sweep@cb-rank-1-0", "sweep@cb-short_length-4-0"]
+    after = clone.files("results/embedded/scores")
+    assert {name: after[name] for name in grid} == grid, "the grid's own runs are left alone"
+    own, rank, short = (json.loads(after[f"cb-ept-0{size}.json"]) for size in ("", "-rank-1", "-short_length-4"))
+    sizes = own["config"]["sizes"]
+    assert "swept" not in own and rank["swept"] == "rank" and rank["config"]["sizes"] == sizes | {"rank": 1}
+    assert short["config"]["sizes"] == sizes | {"short_length": 4, "rank": short["config"]["sizes"]["rank"]} and short["config"]["sizes"]["rank"] > sizes["rank"]
+    assert rank["config"]["training"] == short["config"]["training"] == own["config"]["training"]
+    assert (clone.root / "results/embedded/report/figures/sweep.svg").exists()
+    assert clone.reproduce(jobs=1) == []
+    clone.write(PARAMETERS)
 
 
 # ---- learning rates and sources -----------------------------------------------------------------------------------------
