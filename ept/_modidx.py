@@ -205,6 +205,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'ept.page._files': ('page.html#_files', 'ept/page.py'),
                           'ept.page._improvement': ('page.html#_improvement', 'ept/page.py'),
                           'ept.page._leader': ('page.html#_leader', 'ept/page.py'),
+                          'ept.page._losses': ('page.html#_losses', 'ept/page.py'),
                           'ept.page._many': ('page.html#_many', 'ept/page.py'),
                           'ept.page._points': ('page.html#_points', 'ept/page.py'),
                           'ept.page._sizes': ('page.html#_sizes', 'ept/page.py'),

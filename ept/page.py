@@ -20,7 +20,7 @@ from .settings import write_atomic
 from .statistics import DRAWS
 from .tables import comparison_table, conditions, frames, overall_table, rates_table, score_table, turned_table, ungrouped
 
-# %% ../nbs/62_page.ipynb #e22b8917
+# %% ../nbs/62_page.ipynb #232dd2c4
 def _points(found):
     "A difference with its interval."
     around = "" if math.isnan(found.low) else f" (95 % interval {found.low:+.1f} to {found.high:+.1f})"
@@ -30,6 +30,11 @@ def _points(found):
 def _many(number, word):
     "A number and its noun."
     return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _losses(number):
+    "The same for a loss."
+    return f"{number} {'loss' if number == 1 else 'losses'}"
 
 
 def _leader(table):
@@ -59,10 +64,10 @@ def _tested(table):
         row, stands = found.iloc[0], lambda p: "cannot be tested" if math.isnan(p) else f"{'counts' if p < 0.05 else 'does not count'} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
         return (f"Against {others}, `ept` is at {row['difference']:+.1f} points. The difference {stands(row['bootstrap_holm'])} in the bootstrap over test examples "
                 f"and {stands(row['wilcoxon_tasks_holm'])} in Wilcoxon's test over tasks. "
-                f"Task by task: {_many(row['wins'], 'win')}, {_many(row['ties'], 'tie')}, {row['losses']} {'loss' if row['losses'] == 1 else 'losses'}.")  # fmt: skip
+                f"Task by task: {_many(row['wins'], 'win')}, {_many(row['ties'], 'tie')}, {_losses(row['losses'])}.")  # fmt: skip
     return (f"Against {others}, `ept` is ahead of {sure('bootstrap_holm', 1)} and behind {sure('bootstrap_holm', -1)} in the bootstrap over test examples, "
             f"ahead of {sure('wilcoxon_tasks_holm', 1)} and behind {sure('wilcoxon_tasks_holm', -1)} in Wilcoxon's test over tasks (5 % level, Holm's correction); the rest is open. "
-            f"Task by task: {found['wins'].sum()} wins, {found['ties'].sum()} ties, {found['losses'].sum()} losses.")  # fmt: skip
+            f"Task by task: {_many(found['wins'].sum(), 'win')}, {_many(found['ties'].sum(), 'tie')}, {_losses(found['losses'].sum())}.")  # fmt: skip
 
 
 def _improvement(table):
@@ -137,7 +142,7 @@ def findings(
     texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _sizes, _doubts) if (text := question(table))]
     return first + [re.sub(r"(?<![\w-])-(?=\d)", "−", text) for text in texts]
 
-# %% ../nbs/62_page.ipynb #c0621300
+# %% ../nbs/62_page.ipynb #119682cb
 def protocol(
     table: ScoreTable,
 ) -> list[tuple[str, str]]:  # what, how
@@ -147,7 +152,12 @@ def protocol(
     own = {f"{name}": values for group in (p.methods, p.tasks) for name, values in group.items() if values and name in (*table.methods, *table.tasks)}
     found = [("Runs", conditions(table)), ("Training", f"The same for every method and task unless named below: {shown(p.training)}.")]
     found += [("Exceptions", "; ".join(f"{name}: {shown(values)}" for name, values in own.items()) + ".")] if own else []
+    search, rates = p.search, "Used as they stand; none was tried here."
+    if len(search.factors) > 1:
+        tried = ", ".join(f"{factor:g}" for factor in search.factors)
+        rates = f"For each task and method all its rates were multiplied by {tried}, in trainings of {search.steps} steps with seed {search.seed}. The best score on validation decides, for every seed of the grid; of equal ones the factor nearest to 1."
     found += [
+        ("Learning rates", rates),
         ("Selection", "The checkpoint with the best validation score is kept; the test split is read once, after training."),
         ("Intervals", f"Percentile bootstrap, {DRAWS:,} draws of test examples, the same draws for all runs of a task, seeds jointly; rows of one question are drawn together. "
          "Where every draw gives the same accuracy, Wilson's interval. The deviation over seeds is another doubt and stands beside it."),
