@@ -205,7 +205,7 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.2rem; 
 </body></html>
 """
 
-# %% ../nbs/62_page.ipynb #60f67bd1
+# %% ../nbs/62_page.ipynb #85e4518f
 MANY = 6  # methods; with more the table has methods as rows
 FIGURES = {
     "scores": ("Intervals, task by task", "Mean over seeds with a 95 % bootstrap interval over test examples; small ticks are single seeds. The dashed line is the majority score. Hollow: the same answer to every example.", plot_scores),
@@ -214,7 +214,7 @@ FIGURES = {
     "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters),
     "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time),
     "ablations": ("Ablations", "What EPT loses where one part is taken away, task by task.", plot_ablations),
-    "sweep": ("Sizes", "A thin line a task, the thick one their mean; the ring is the grid's own size. The budget is the same everywhere: where m or K is moved up, r goes down, and the other way round.", plot_sweep),
+    "sweep": ("Sizes", "A thin line a task, the thick one their mean; the ring is the grid's own size. Where m or K is moved, r takes what is left of the budget; where r is moved, the rest of the budget is not used.", plot_sweep),
     "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves),
     "gates": ("Gate weights", "How much each space counts for each prompt token of ept, task by task (first seed): light is little, dark is much.", plot_gates),
 }
