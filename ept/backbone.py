@@ -23,7 +23,8 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .settings import repository_root, unknown, write_json
+from .checking import unknown
+from .files import repository_root, write_json
 
 # %% ../nbs/20_backbone.ipynb #718d3643
 def family_of(
@@ -174,9 +175,10 @@ def _unreachable(name, error):
 
 # %% ../nbs/20_backbone.ipynb #65d75d6a
 def materialise(
-    name: str,  # a name of `SOURCES`, or a hub id
+    name: str,  # a name of `SOURCES`, a hub id, or a model folder, which is copied
     folder: str | Path,  # to be made; appears whole or not at all
     revision: str | None = None,  # commit on the hub; None is the source's own, or the newest
+    label: str | None = None,  # what the backbone is called from then on; None is `name`
 ) -> Path:  # `folder`
     "Turn a backbone's source into an ordinary local model folder with `backbone.json` beside the weights."
     source = SOURCES.get(name, BackboneSource(hub=name))
@@ -186,8 +188,11 @@ def materialise(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        found = _from_gguf(source, temporary) if source.package else _from_hub(source, temporary)
-        write_json(temporary / "backbone.json", {"name": name, "revision": found})
+        if Path(name).is_dir():
+            found = shutil.copytree(name, temporary, dirs_exist_ok=True) and revision
+        else:
+            found = _from_gguf(source, temporary) if source.package else _from_hub(source, temporary)
+        write_json(temporary / "backbone.json", {"name": label or name, "revision": found})
         if folder.exists():
             shutil.rmtree(folder)
         os.chmod(temporary, 0o755)
@@ -205,9 +210,9 @@ def _locate(name, revision):
         known = json.loads(record.read_text()) if record.exists() else {}
         return name, known.get("name", str(name)), revision or known.get("revision")
     if name == "embedded":
-        folder = repository_root() / "runs" / "embedded" / "backbone"
+        folder = repository_root() / "backbone"
         if not folder.is_dir():
-            raise FileNotFoundError(f"the embedded backbone has not been trained yet ({folder} is missing); run: make reproduce")
+            raise FileNotFoundError(f"the embedded backbone is not there ({folder} is missing); run in a clone of the repository: dvc pull backbone.dvc")
         return str(folder), name, revision
     source = SOURCES.get(name)
     if source and source.package:

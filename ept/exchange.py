@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .backbone import family_of
 from .model import EPTModel
 from .prompt import EPTConfig
-from .settings import write_atomic, write_json
+from .files import write_atomic, write_json
 
 # %% ../nbs/36_exchange.ipynb #efea5d28
 _TASK_TYPES = {"encoder-decoder": "SEQ_2_SEQ_LM", "decoder-only": "CAUSAL_LM"}

@@ -23,7 +23,7 @@ from .model import KINDS, EPTModel, start_of
 from .product import ProductConfig, PromptProduct, share_prompts
 from .prompt import EPTConfig, SoftPrompt
 from .residual import ResidualConfig, ResidualPrompt
-from .settings import from_dict, unknown
+from .checking import from_dict, unknown
 from .sources import SOURCE_TASKS, read_sources, sources_of
 
 # %% ../nbs/30_methods.ipynb #51f2593a

@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from .settings import unknown
+from .checking import unknown
 from .tasks import METRICS, Task, get_task
 
 # %% ../nbs/04_metrics.ipynb #32ba488f

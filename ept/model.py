@@ -31,7 +31,8 @@ from .mixture import MixtureConfig
 from .product import ProductConfig
 from .prompt import EPTConfig, FoldedPrompt, SoftPrompt, initial_prompt
 from .residual import ResidualConfig
-from .settings import from_dict, write_atomic, write_json
+from .checking import from_dict
+from .files import write_atomic, write_json
 
 # %% ../nbs/21_model.ipynb #29ea375f
 def padding_last(

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
 from .results import LABELS, SIZES, ScoreTable
-from .settings import write_atomic
+from .files import write_atomic
 from .statistics import DRAWS
 from .tables import comparison_table, conditions, frames, overall_table, rates_table, score_table, turned_table, ungrouped
 

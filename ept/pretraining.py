@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from .backbone import keep_freed_memory
-from .settings import write_json
+from .files import write_json
 from .synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples
 from .tasks import TASKS, mark_spans
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .decomposition import LowRankOffset, check_budget, largest_rank
 from .fusion import PromptFusion
 from .projection import MultiSpaceProjection
-from .settings import unknown
+from .checking import unknown
 
 # %% ../nbs/13_prompt.ipynb #9dd4896e
 INITIALISATIONS = ("vocabulary", "text", "labels", "random")

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from .profiles import Paths, Profile
-from .settings import write_atomic
+from .files import write_atomic
 from .statistics import RESAMPLED, Difference, critical_difference, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 
 # %% ../nbs/60_results.ipynb #b92c68c7

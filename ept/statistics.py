@@ -16,7 +16,7 @@ import pandas as pd
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from .settings import unknown
+from .checking import unknown
 
 # %% ../nbs/59_statistics.ipynb #a24ede6f
 def _confusion(said, true, weights):

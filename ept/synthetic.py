@@ -19,7 +19,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .settings import unknown, write_atomic
+from .checking import unknown
+from .files import write_atomic
 
 # %% ../nbs/02_synthetic.ipynb #834f4395
 def _entries(text):

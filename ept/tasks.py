@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .settings import unknown
+from .checking import unknown
 
 # %% ../nbs/01_tasks.ipynb #139f064f
 def _find_span(text, span, index):

@@ -9,13 +9,13 @@ __all__ = ['TrainingConfig', 'plan_batches', 'collate', 'NonFiniteLoss', 'Prompt
 import hashlib
 import json
 import os
+import platform
 import resource
 import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
@@ -29,11 +29,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from .backbone import Backbone, fingerprint, keep_freed_memory
 from .data import Encoder, load_task
+from .files import write_atomic, write_json
+from .fingerprints import code_version
 from .methods import Method, build_method, get_method
 from .metrics import score_task
 from .model import EPTModel
 from .ranking import pad, predict, rank_labels
-from .settings import write_atomic, write_json
 from .sources import read_sources, sources_of
 from .tasks import Task, get_task
 
@@ -216,14 +217,6 @@ class ProgressBar(TrainerCallback):
         self.bar.close()
 
 # %% ../nbs/40_training.ipynb #bea4783f
-def _code_version():
-    "A hash of the library's code, so that a run is not continued by other code than began it."
-    digest = hashlib.sha256()
-    for file in sorted(Path(find_spec("ept").origin).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def _last_checkpoint(folder, identity):
     "The newest whole checkpoint of this very run, and the seconds spent up to it; anything else is removed."
     folder, record = Path(folder), Path(folder) / "run.json"
@@ -269,6 +262,15 @@ def _history(log):
         row["loss"] = entry.get("loss", row["loss"])
         row["score"] = entry.get("eval_score", row["score"])
     return pd.DataFrame(list(rows.values()), columns=["step", "loss", "score"])
+
+
+def _processor(device):
+    "The name of what computes."
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def _peak_memory(device):
@@ -318,6 +320,7 @@ class _Job:
             "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
             "training": asdict(self.training),
             "max_length": self.encoder.max_length,
+            "code": code_version("ept.training"),
             "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
             **({"source_prompts": {task: _digest(prompt) for task, prompt in self.sources.items()}} if self.sources else {}),
         }
@@ -368,7 +371,7 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
     rows, encoder, family = job.data["train"], job.encoder, job.backbone.family
     texts, targets = encoder.encode(rows), [encoder.candidates[encoder.target(label)] for label in rows["label"]]
     digest = hashlib.sha256(json.dumps([texts, targets, job.validation[1]]).encode()).hexdigest()
-    identity = job.config | {"data": digest, "code": _code_version(), "dtype": str(job.backbone.model.dtype)}
+    identity = job.config | {"data": digest, "dtype": str(job.backbone.model.dtype)}
     checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
     plan = plan_batches([len(t) for t in texts], job.training.batch_size, job.training.steps, job.seed)
     pad_id = job.backbone.tokenizer.pad_token_id
@@ -385,6 +388,7 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
         "train_seconds": trainer.seconds,
         "examples_per_second": len(plan) * job.training.batch_size / trainer.seconds,
         "tokens_per_second": tokens / trainer.seconds,
+        "work": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12],
     }
     best = trainer.state.best_model_checkpoint
     return _history(trainer.state.log_history), int(best.rsplit("-", 1)[1]), trainer.state.best_metric, cost
@@ -432,9 +436,9 @@ def train(
         history, step, score, cost = _run_trainer(job, checkpoint_dir, workers, progress)
     else:
         score, step, history = job.validate(model)["score"], 0, _history([])
-        cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0}
+        cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0, "work": None}
     device = backbone.model.device
-    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "precision": str(model.backbone.dtype).removeprefix("torch.")}
+    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": _processor(device), "precision": str(model.backbone.dtype).removeprefix("torch.")}
     run = Run(task.name, method.name, seed, output_dir, history, step, score, model.num_trainable_parameters(), job.config, cost)
     _write_run(run, model)
     shutil.rmtree(checkpoint_dir, ignore_errors=True)
