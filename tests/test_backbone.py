@@ -148,7 +148,7 @@ def test_a_package_that_is_not_installed_says_how_to_install_it(tmp_path, monkey
 
 def test_the_embedded_backbone_says_how_it_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "repository_root", lambda: tmp_path)
-    with pytest.raises(FileNotFoundError, match="run: make reproduce"):
+    with pytest.raises(FileNotFoundError, match="dvc pull backbone.dvc"):
         load_backbone("embedded")
 
 

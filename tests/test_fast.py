@@ -18,7 +18,7 @@ from ept.methods import build_method
 from ept.model import EPTModel
 from ept.pretraining import PretrainingConfig, pretrain
 from ept.ranking import predict, rank_labels
-from ept.settings import repository_root
+from ept.files import repository_root
 from ept.tasks import get_task
 from ept.training import TrainingConfig, collate, train
 from tests.conftest import moved

@@ -10,7 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ept.pretraining import (INSTRUCTIONS, SENTINELS, Material, Muon, PretrainingConfig, build_tiny_t5, corrupt, orthogonalise, pretrain,
                              supervised_rows, train_tokenizer, unlabelled_texts)
-from ept.settings import from_dict
+from ept.checking import from_dict
 from ept.synthetic import HELD_OUT, MAKERS, PRACTICE, make_task
 from ept.tasks import TASKS
 

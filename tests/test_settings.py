@@ -8,7 +8,9 @@ import pytest
 
 from ept.decomposition import check_budget
 from ept.prompt import EPTConfig
-from ept.settings import Settings, from_dict, load_settings, unknown, write_atomic, write_json
+from ept.checking import from_dict, unknown
+from ept.files import write_atomic, write_json
+from ept.settings import Settings, load_settings
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, monkeypatch):

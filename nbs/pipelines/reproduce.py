@@ -1,9 +1,9 @@
 """Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile embedded --jobs 2`.
 
-`dvc repro` does the same, one stage after another. Here the runs are dealt out to several processes, each with an explicit
-list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the backbone would
-collide), waiting for each other's lock on the repository. A single item also spares DVC reading the stages of all
-profiles, which takes it ten seconds. Where a job has failed, an ordinary `dvc repro` goes over everything once more.
+`dvc repro` in the profile's folder does the same, one stage after another. Here the runs are dealt out to several processes, each
+with an explicit list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the
+backbone would collide), waiting for each other's lock on the repository. Where a job has failed, an ordinary `dvc repro` goes
+over everything once more. What the stages print goes to runs/logs; on the terminal is a line for each finished run.
 """
 
 import argparse
@@ -15,16 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-DVC = [sys.executable, "-m", "dvc", "--wait-for-lock"]
-
-
-def profiles():
-    "Parameter files by the name of their profile."
-    return {"embedded": ROOT / "params.yaml"} | {p.parent.name: p for p in sorted(ROOT.glob("profiles/*/params.yaml"))}
+DVC = [sys.executable, "-m", "dvc"]
 
 
 def targets(profile):
-    """Names of the stages: those that make rows, then three rounds of blocks that may run side by side.
+    """Names of the stages: those that come first, then three rounds of blocks that may run side by side.
 
     A block is a task and a method: its search, then training and evaluation for each seed. The first round makes the prompts
     from which other runs start; it is empty where none do. The last is the sweep, at learning rates that the second round has
@@ -32,20 +27,22 @@ def targets(profile):
     no job has all the slow ones.
     """
     grid = profile.grid
-    file = lambda task: f"{profile.here}tasks/{task}/dvc.yaml"
+    file = lambda task: f"tasks/{task}/dvc.yaml"
 
     def block(task, method):
+        if method in grid.references:
+            return [f"{file(task)}:reference@{method}-{seed}" for seed in grid.seeds]
         kind = "-transfer" if method in grid.transfer else ""
-        runs = [f"{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate")]
-        return [f"{file(task)}:{stage}" for stage in (f"search{kind}@{method}", *runs)]
+        search = [f"{file(task)}:search{kind}@{method}"] if profile.searched else []
+        return [*search, *(f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate"))]
 
     sources = grid.sources if grid.transfer else ()
-    keep = lambda task: [f"{profile.here}dvc.yaml:source@{task}-{seed}" for seed in grid.seeds]
+    keep = lambda task: [f"dvc.yaml:source@{task}-{seed}" for seed in grid.seeds]
     first = [(i, block(task, "pt") + keep(task)) for i, task in enumerate(sources)]
     pairs = [(i + j, task, method) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     rest = [(i, block(task, method)) for i, task, method in pairs if not (method == "pt" and task in sources)]
-    sweep = [(i, [f"{profile.here}dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    return [f"{file(task)}:prepare" for task in grid.tasks], (first, rest, sweep)
+    sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
+    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (first, rest, sweep)
 
 
 @contextmanager
@@ -64,56 +61,74 @@ def warm(environment):
                 process.stdin.close()
 
 
+def run_grid(profile, jobs, environment, progress):
+    "Bring the grid up to date with some jobs at a time; the exit status."
+    folder, (first, rounds) = profile.file.parent, targets(profile)
+    jobs = max(1, min(jobs, len(rounds[1])))
+    (folder / "runs" / "logs").mkdir(parents=True, exist_ok=True)
+
+    def start(name, *words):
+        command = [*DVC, "--wait-for-lock", "repro", *words]
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+        return process, progress.watch(name, process.stdout, folder / "runs" / "logs" / f"{name}.log")
+
+    def run(*commands):
+        started = [start(*command) for command in commands]
+        try:
+            return any([process.wait() or thread.join() for process, thread in started])
+        except KeyboardInterrupt:
+            for process, thread in started:
+                process.terminate()
+                process.wait()
+            raise
+
+    if run(("plan", "--single-item", "plan")):
+        return 1
+    with warm(environment) as address:
+        environment |= {"EPT_WARM": address} if address else {}
+        failed = run(("prepare", "--single-item", *first))
+        for number, blocks in enumerate(() if failed else rounds):
+            shares = [sum((stages for i, stages in blocks if i % jobs == job), []) for job in range(jobs)]
+            failed = failed or run(*((f"job-{job + 1}", "--single-item", *stages) for job, stages in enumerate(shares) if stages))
+        if not failed and not run(("report", "--single-item", "report")):
+            return 0
+    progress.say("a job has failed; an ordinary pass finishes the rest")
+    return int(run(("repro",)))
+
+
 def main(arguments=None):
     "Command line; the exit status."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="embedded", help=f"one of: {', '.join(profiles())}")
-    parser.add_argument("--jobs", type=int, default=2, help="runs of the grid at a time; 1 is plain `dvc repro`")
-    chosen = parser.parse_args(arguments)
-    sys.path.insert(0, str(ROOT))
-    from ept.profiles import load_profile
-    from ept.settings import unknown
+    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+    from ept.checking import unknown
+    from ept.profiles import load_profile, profile_files
+    from layout import write_layout
+    from progress import Progress
 
+    files = profile_files(ROOT)
+    parser.add_argument("--profile", default="embedded", help=f"one of: {', '.join(files)}")
+    parser.add_argument("--jobs", type=int, default=2, help="runs of the grid at a time")
+    chosen = parser.parse_args(arguments)
     try:
-        if chosen.profile not in profiles():
-            raise unknown("profile", chosen.profile, profiles())
-        profile = load_profile(profiles()[chosen.profile])
+        if chosen.profile not in files:
+            raise unknown("profile", chosen.profile, files)
+        profile = load_profile(files[chosen.profile])
+        write_layout(profile)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    dvc = lambda *words: subprocess.run([*DVC, *words], cwd=ROOT, env=environment).returncode
-
-    if profile.data.source == "embedded" and not (ROOT / profile.data.depends).exists():
-        if failed := dvc("pull", "-q", f"{profile.data.depends}.dvc"):
-            return failed
-    status = run_grid(chosen.jobs, profile, environment, dvc)
-    report = f"results/{profile.profile}/report/report.html"
-    print(f"\nlook at {report}" if not status else "\nnot everything is up to date, see above; run the command again to go on", flush=True)
-    return status
-
-
-def run_grid(jobs, profile, environment, dvc):
-    "Bring the grid up to date with some jobs at a time; the exit status."
-    file, (rows, rounds) = f"{profile.here}dvc.yaml", targets(profile)
-    jobs = max(1, min(jobs, len(rounds[1])))
-    if jobs == 1:
-        return dvc("repro", file)
-    if failed := dvc("repro", "--single-item", f"{file}:backbone"):
+    missing = [name for name in (profile.data.folder, profile.backbone.folder) if name and not (ROOT / name).exists()]
+    if missing and (failed := subprocess.run([*DVC, "pull", "-q", *(f"{name}.dvc" for name in missing)], cwd=ROOT, env=environment).returncode):
         return failed
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"EPT_THREADS": threads, "OMP_NUM_THREADS": threads, **environment}
-    with warm(environment) as address:
-        environment |= {"EPT_WARM": address} if address else {}
-        start = lambda stages: subprocess.Popen([*DVC, "repro", "--single-item", *stages], cwd=ROOT, env=environment)
-        failed = start(rows).wait()
-        for blocks in () if failed else rounds:
-            shares = [sum((stages for i, stages in blocks if i % jobs == job), []) for job in range(jobs)]
-            failed = failed or any([process.wait() for process in [start(stages) for stages in shares if stages]])
-        if not failed and not start([f"{file}:report"]).wait():
-            return 0
-    print("a job has failed, see above; an ordinary pass finishes the rest:", file=sys.stderr, flush=True)
-    return dvc("repro", file)
+    with Progress(profile) as progress:
+        try:
+            status = run_grid(profile, chosen.jobs, environment, progress)
+        except KeyboardInterrupt:
+            progress.say("stopped; the same command goes on from here")
+            return 130
+        progress.conclude(status)
+    return status
 
 
 if __name__ == "__main__":

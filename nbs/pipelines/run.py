@@ -1,7 +1,8 @@
 """Run one notebook of the pipeline: `python nbs/pipelines/run.py train --task cola --method ept --seed 0`.
 
+It is run in the folder of a profile; from elsewhere `--profile-file profiles/smollm2/params.yaml` says which one is meant.
 papermill puts the parameters into the notebook; the cells are executed in this process (see engine.py), so that no kernel has
-to be started for each of the grid's stages. The executed notebook is kept under `runs/<profile>/notebooks/`, as a report for
+to be started for each of the grid's stages. The executed notebook is kept in the profile's `runs/notebooks/`, as a report for
 people. `make reproduce` also keeps a process warm that has the big libraries imported, see warm.py; then the work is done there.
 """
 
@@ -44,7 +45,7 @@ def parse(arguments):
     "The stage and its parameters; `ValueError` for a name the notebook does not have."
     import yaml
 
-    from ept.settings import unknown
+    from ept.checking import unknown
 
     stage, *rest = arguments
     if stage not in STAGES:
@@ -71,21 +72,22 @@ def run(stage, values):
 
     known = {name: yaml.safe_load(parameter["default"]) for name, parameter in known_parameters(stage).items()}
     used = {**known, **values}
-    file = ROOT / used["profile_file"]
+    file = Path(used["profile_file"])
     if not file.exists():
-        there = ["params.yaml", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("profiles/*/params.yaml"))]
+        from ept.profiles import profile_files
+
+        there = [os.path.relpath(path) for path in profile_files(ROOT).values()]
         raise FileNotFoundError(f"no parameter file {used['profile_file']!r}; there are: {', '.join(there)}")
-    profile = yaml.safe_load(file.read_text())["profile"]
     key = "-".join(str(used[name]) for name in ("task", "method", "size", "seed") if name in used)
-    target = ROOT / "runs" / profile / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
+    folder = file.resolve().parent
+    target = folder / "runs" / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
     if stage == "report":
-        target = ROOT / "results" / profile / "report" / "report.ipynb"
+        target = folder / "results" / "report" / "report.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial.ipynb")
-    source = Path("nbs") / "pipelines" / f"{stage}.ipynb"
     try:
         execute_notebook(
-            str(source), str(partial.relative_to(ROOT)), parameters=values, engine_name="in-process",
+            str(Path(__file__).with_name(f"{stage}.ipynb")), str(partial), parameters=values, engine_name="in-process",
             progress_bar=False, autosave_cell_every=0,
         )  # fmt: skip
     finally:
@@ -125,12 +127,11 @@ def main(arguments):
         print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), file=sys.stderr)
         print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
         return 1
-    print(f"{stage} {' '.join(str(v) for v in values.values())}: {time.perf_counter() - start:.1f} s, see {target.relative_to(ROOT)}")
+    print(f"{stage} {' '.join(str(v) for v in values.values())}: {time.perf_counter() - start:.1f} s, see {os.path.relpath(target)}")
     return 0
 
 
 if __name__ == "__main__":
-    os.chdir(ROOT)
     if address := os.environ.get("EPT_WARM"):
         from warm import ask
 

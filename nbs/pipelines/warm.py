@@ -24,7 +24,7 @@ def ask(address, arguments):
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(address)
-            request = json.dumps({"arguments": arguments, "environment": dict(os.environ)}).encode()
+            request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
             sys.stdout.flush()
             socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
             connection.sendall(request)
@@ -56,7 +56,7 @@ def _work(connection):
     threading.Thread(target=lambda: connection.recv(1) or os._exit(137), daemon=True).start()  # the asker is gone
     import run
 
-    os.chdir(run.ROOT)
+    os.chdir(request["folder"])
     run.prepare_process()
     return run.main(request["arguments"])
 

@@ -1,0 +1,118 @@
+"""The files by which DVC knows a profile, written from its params.yaml; and new profiles.
+
+    python nbs/pipelines/layout.py                            # write those of all profiles
+    python nbs/pipelines/layout.py --new mine --from smollm2  # a new profile in profiles/mine, a copy of another
+
+A profile is a folder: the repository's root for the default one, profiles/<name> for the others. Each of those is a DVC project
+of its own (a subdirectory project, as `dvc init --subdir` makes it), so that a command in one reads no stage of another:
+`dvc status` in the root is about the default profile, `cd profiles/smollm2 && dvc repro` about that one.
+
+What a person edits is params.yaml. Methods, seeds and all numbers in it are read by DVC itself. Only what DVC cannot express is
+written here: one dvc.yaml for each task of the list, and which kinds of stages there are at all.
+"""
+
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TEMPLATES = Path(__file__).with_name("templates")
+SUFFIXES = {"references": "", "methods": "", "transfer": "-transfer"}  # of the names of stages, by list of the grid
+PROJECT = {  # what makes a folder a DVC project
+    ".dvc/config": "[core]\n    analytics = false\n    check_update = false\n",
+    ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\n",
+}
+
+
+def generated(profile):
+    "Path below the profile's folder -> text, of every file that is written for a profile."
+    import jinja2
+
+    from ept.fingerprints import import_closure
+
+    folder = profile.file.parent
+    project, root = ({}, "") if folder == ROOT else (PROJECT, "../" * len(folder.relative_to(ROOT).parts))
+    notebooks = sorted(p.name for p in Path(__file__).parent.glob("*.ipynb"))
+    code = ["ept", "nbs/pipelines"]
+    if project:  # outside of a project DVC ignores no caches, so each file is named
+        reached = {file.name for notebook in notebooks for file in import_closure(Path(__file__).with_name(notebook)).values()}
+        code = [f"{root}ept/{name}" for name in sorted(reached)] + [f"{root}nbs/pipelines/{name}" for name in notebooks]
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
+    write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, **values)
+    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=lists) for task in profile.grid.tasks}
+    return project | {"dvc.yaml": write("profile.yaml.jinja")} | tasks
+
+
+def differences(profile):
+    "Generated files that are missing or other than the parameters say, and files of tasks that are no longer in the grid."
+    folder, due = profile.file.parent, generated(profile)
+    other = [name for name, text in due.items() if not (folder / name).exists() or (folder / name).read_text() != text]
+    left = [str(path.relative_to(folder)) for path in sorted(folder.glob("tasks/*/dvc.yaml")) if str(path.relative_to(folder)) not in due]
+    return other, left
+
+
+def write_layout(profile):
+    "Write the files of a profile; those that have changed."
+    from ept.files import write_atomic
+
+    folder, due, (other, left) = profile.file.parent, generated(profile), differences(profile)
+    for name in other:
+        write_atomic(folder / name, due[name])
+    for name in left:
+        (folder / name).unlink()
+    return [*other, *left]
+
+
+def new_profile(name, origin):
+    "Make profiles/<name> with the parameters of another profile; its parameter file."
+    from ept.checking import check_name, unknown
+    from ept.files import write_atomic
+    from ept.profiles import load_profile, profile_files
+
+    known = profile_files(ROOT)
+    check_name("profile", name)
+    if origin not in known:
+        raise unknown("profile", origin, known)
+    if name in known or (ROOT / "profiles" / name).exists():
+        raise ValueError(f"there is a profile {name!r} already; choose another name, or edit {known.get(name, ROOT / 'profiles' / name)}")
+    text, count = re.subn(r"(?m)^profile:[^#\n]*", lambda _: f"profile: {name}  ", known[origin].read_text(), count=1)
+    if not count:
+        raise ValueError(f"{known[origin]} has no line `profile: {origin}`")
+    file = write_atomic(ROOT / "profiles" / name / "params.yaml", text)
+    try:
+        write_layout(load_profile(file))
+    except BaseException:
+        shutil.rmtree(file.parent)
+        raise
+    return file
+
+
+def main(arguments=None):
+    "Command line; the exit status."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--new", metavar="NAME", help="make a new profile of this name")
+    parser.add_argument("--from", dest="origin", metavar="PROFILE", default="embedded", help="whose parameters it begins with")
+    chosen = parser.parse_args(arguments)
+    sys.path.insert(0, str(ROOT))
+    from ept.profiles import load_profile, profile_files
+
+    try:
+        if chosen.new is not None:
+            file = new_profile(chosen.new, chosen.origin)
+            print(f"edit {file.relative_to(ROOT)}, then: make reproduce PROFILE={chosen.new}")
+            return 0
+        for name, file in profile_files(ROOT).items():
+            changed = write_layout(load_profile(file))
+            print(f"{name}: {', '.join(changed) or 'up to date'}")
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

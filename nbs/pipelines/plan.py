@@ -1,0 +1,40 @@
+"""The plan of a profile: its parameters checked, and a fingerprint of the code of every stage, in results/plan.json.
+
+    python nbs/pipelines/plan.py  # in the folder of a profile
+
+Every stage depends on its part of this small file, so this runs before anything else does, and nothing runs where it fails. It
+imports nothing heavy: whether methods and their parameters exist is asked by the first stage that trains.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def write_plan(file="params.yaml"):
+    "Check a parameter file and write the plan beside its results; the plan."
+    from ept.files import write_json
+    from ept.fingerprints import code_version
+    from ept.profiles import Paths, load_profile
+    from layout import differences
+
+    profile = load_profile(file)
+    other, left = differences(profile)
+    if other or left:
+        raise ValueError(f"{', '.join((*other, *left))} {'is' if len((*other, *left)) == 1 else 'are'} not what {file} asks for; run: make pipeline")
+    plan = {
+        "code": {notebook.stem: code_version(notebook) for notebook in sorted(HERE.glob("*.ipynb"))},
+        "text": {task: profile.text(task) for task in profile.grid.tasks},
+    }
+    write_json(Paths(profile).plan, plan)
+    return plan
+
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    try:
+        write_plan(*sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
