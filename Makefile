@@ -62,9 +62,10 @@ test: $(READY)  ## every notebook of the library, then every test
 test-quick: $(READY)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow"
 
-export: $(READY)  ## notebooks -> ept/, and notebooks without outputs
+export: $(READY)  ## notebooks -> ept/, notebooks without outputs, and the fingerprints of the code
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+	$(BIN)/dvc repro -q --single-item plan
 
 readme: $(READY)  ## nbs/index.ipynb -> README.md
 	$(BIN)/python nbs/readme.py > README.md

@@ -23,6 +23,7 @@ SUFFIXES = {"references": "", "methods": "", "transfer": "-transfer"}  # of the 
 PROJECT = {  # what makes a folder a DVC project
     ".dvc/config": "[core]\n    analytics = false\n    check_update = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
+    ".dvc/plots/curves.json": (ROOT / ".dvc" / "plots" / "curves.json").read_text(),
     ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\n",
 }
 

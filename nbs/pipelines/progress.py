@@ -79,7 +79,8 @@ class Progress:
         if found := BEGIN.search(line):
             stage, key = found[1], re.search(r"tasks/([\w.-]+)/", line)
             task = f" {key[1]}" if key else ""
-            self.starts.setdefault(name, time.monotonic())
+            if not stage.startswith("search"):
+                self.starts.setdefault(name, time.monotonic())
             self.bars.update(job, description=f"{stage}{task} {found[2] or ''}".strip(), completed=0, total=None, visible=True)
         elif found := SKIP.search(line):
             self.skipped += found[2].removesuffix("-transfer") in TRAINED or found[2] == "sweep"
@@ -87,7 +88,7 @@ class Progress:
         elif found := DONE.search(line):
             self._finished(name, found[3])
         elif found := FAIL.search(line):
-            self.say(f"{name}: {found[1]}; see {self.folder.name}/runs/logs/{name}.log" if self.folder.name != "." else found[1])
+            self.say(f"{name}: {found[1]} (see {self._relative(f'runs/logs/{name}.log')})")
         elif found := STEP.search(line):
             self.bars.update(job, completed=int(found[1]), total=int(found[2]))
 
@@ -119,8 +120,7 @@ class Progress:
 
     def _relative(self, path):
         "A path below the profile's folder as it is called from the repository's root."
-        root = Path(__file__).resolve().parents[2]
-        return (self.folder / path).relative_to(root)
+        return (self.folder / path).relative_to(Path(__file__).resolve().parents[2])
 
     def committed(self):
         "How many scores equal those of the last commit, and how many there are to compare with."
