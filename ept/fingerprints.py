@@ -36,26 +36,27 @@ def _is_text(node):
 # %% ../nbs/05_fingerprints.ipynb #6a6c1dec
 @lru_cache(maxsize=None)
 def _read(file, changed):
-    "Tree and text of a module or notebook; `changed`, its time of change, makes a changed file another one."
+    "Imports and text of a module or notebook; `changed`, its time of change, makes a changed file another one."
     source = Path(file).read_text()
     if file.endswith(".ipynb"):
         source = "\n".join("".join(cell["source"]) for cell in json.loads(source)["cells"] if cell["cell_type"] == "code")
-    return ast.parse(source), syntax(source)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    return [(getattr(n, "level", None), getattr(n, "module", None), [alias.name for alias in n.names]) for n in nodes], syntax(source)
 
 
 def _open(file):
     return _read(str(file), Path(file).stat().st_mtime_ns)
 
 
-def _imported(tree, package, inside):
-    "Dotted names below `package` that a tree imports; `inside` is the package of the module, for relative imports."
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith(f"{package}."))
-        elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*inside[: len(inside) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
-            if base == package or base.startswith(f"{package}."):
-                yield from (f"{base}.{alias.name}" for alias in node.names)
+def _imported(imports, package, inside):
+    "Dotted names below `package` that are imported; `inside` is the package of the module, for relative imports."
+    for level, module, names in imports:
+        if level is None:  # import a.b
+            yield from (name for name in names if name.startswith(f"{package}."))
+            continue
+        base = ".".join([*inside[: len(inside) - level + 1], *filter(None, [module])]) if level else module
+        if base == package or base.startswith(f"{package}."):
+            yield from (f"{base}.{name}" for name in names)
 
 # %% ../nbs/05_fingerprints.ipynb #4a2f17c0
 def import_closure(
@@ -76,8 +77,8 @@ def import_closure(
             raise ValueError(f"{entry} imports {name!r}, which is no module of {package!r}; import the name from the module that defines it")
         return locate(above)
 
-    def add(tree, inside):
-        due.extend(locate(name) for name in _imported(tree, package, inside))
+    def add(imports, inside):
+        due.extend(locate(name) for name in _imported(imports, package, inside))
 
     if str(entry).endswith((".ipynb", ".py")):
         add(_open(entry)[0], [])

@@ -1,5 +1,6 @@
 """What the tests share: tiny backbones of both families with random weights, and a tokenizer that needs no download."""
 
+import gc
 import os
 import random
 
@@ -14,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WIDTH, VOCABULARY = 32, 320
+
+gc.freeze()  # the Trainer collects garbage at each start; half a second each time, if it has to go over all imported modules
 
 
 @pytest.fixture(autouse=True)

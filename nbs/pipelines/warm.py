@@ -7,6 +7,7 @@ and waits for the exit status. The library itself is not imported here: a worker
 A worker lives no longer than the `run.py` that asked for it, and this process no longer than the one that started it.
 """
 
+import gc
 import json
 import os
 import select
@@ -88,6 +89,7 @@ def serve(address):
         listener.bind(address)
         listener.listen()
         _import()
+        gc.freeze()  # what is imported stays: a worker's collections need not go over it, nor copy its pages
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         while True:
