@@ -24,10 +24,10 @@ FIELDS = ("metric", "score", "majority_score", "n", "trainable_parameters", "cho
 
 def collect(
     profile: Profile,
-    root: str | Path | None = None,  # of the repository; None is the profile's
+    folder: str | Path | None = None,  # of the profile; None is that of its parameter file
 ) -> pd.DataFrame:  # one row a run of the grid; `score` is NaN where it is missing
     "The records, costs and predictions of a profile's grid."
-    paths, rows = Paths(profile, root), []
+    paths, rows = Paths(profile, folder), []
     for plan in profile.runs():
         row = {"task": plan.task, "method": plan.method, "seed": plan.seed, **dict.fromkeys(FIELDS), "score": math.nan}
         record, cost = paths.record("scores", plan.key), paths.record("costs", plan.key)
@@ -326,7 +326,7 @@ def made_up(
     from ept.profiles import BackboneChoice, DataChoice, Grid
     from ept.tasks import get_task
 
-    profile = Profile(name, ".", "", BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)), {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks})
+    profile = Profile(name, BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)), {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks})
     rows = [_made_up_run(get_task(p.task), p.method, p.seed, methods.index(p.method) / len(methods), 28 if p.task == "cb" else n, p.key not in missing) for p in profile.runs()]
     return ScoreTable(profile, pd.DataFrame(rows), _made_up_sweep(tasks, seeds) if "ept" in methods else None)
 
@@ -363,12 +363,12 @@ SIZES = {"short_length": "m, tokens of the short prompt", "rank": "r, rank of th
 
 def collect_sweep(
     profile: Profile,
-    root: str | Path | None = None,  # of the repository
+    folder: str | Path | None = None,  # of the profile; None is that of its parameter file
 ) -> pd.DataFrame:  # columns `SWEEP`; one row a run of the sweep, `score` is NaN where it is missing
     "The records of a profile's sweep."
     rows = []
     for plan in profile.sweep_runs():
-        ((swept, value),), file = plan.moved.items(), Paths(profile, root).record("scores", plan.key)
+        ((swept, value),), file = plan.moved.items(), Paths(profile, folder).record("scores", plan.key)
         score = json.loads(file.read_text())["score"] if file.exists() else math.nan
         rows.append((swept, value, plan.task, plan.method, plan.seed, score))
     return pd.DataFrame(rows, columns=SWEEP)

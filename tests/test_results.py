@@ -25,7 +25,7 @@ METHODS = ("frozen", "pt", "ept")
 
 def profile(tasks=("cola", "cb"), methods=METHODS, seeds=(0,), name="small"):
     return Profile(
-        name, ".", "", BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)),
+        name, BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)),
         {}, {m: {} for m in methods}, {t: {} for t in tasks},
     )  # fmt: skip
 
