@@ -152,6 +152,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'ept.lora.LowRankUpdate.adapt': ('lora.html#lowrankupdate.adapt', 'ept/lora.py'),
                           'ept.lora._peft': ('lora.html#_peft', 'ept/lora.py')},
             'ept.methods': { 'ept.methods.Method': ('methods.html#method', 'ept/methods.py'),
+                             'ept.methods.Method.__post_init__': ('methods.html#method.__post_init__', 'ept/methods.py'),
                              'ept.methods.Method.adapts': ('methods.html#method.adapts', 'ept/methods.py'),
                              'ept.methods.Method.precision': ('methods.html#method.precision', 'ept/methods.py'),
                              'ept.methods.Method.resolve': ('methods.html#method.resolve', 'ept/methods.py'),
