@@ -78,6 +78,13 @@ def test_a_record_holds_the_role_of_its_method_whatever_it_is_called(monkeypatch
         assert make_record(plan, backbone, {"train": rows, "test": rows}, saved, {"matthews": 0.0, "accuracy": 50.0, "n": 3})["role"] == role
 
 
+def test_committed_records_hold_the_roles_of_their_methods():
+    root = Path(__file__).parents[1]
+    for file in (*root.glob("results/scores/*.json"), *root.glob("profiles/*/results/scores/*.json")):
+        record = json.loads(file.read_text())
+        assert record["role"] == REGISTRY[record["method"]].role, file.name
+
+
 # ---- resampling -----------------------------------------------------------------------------------------------------------
 
 TASK_OF = {"accuracy": "sst2", "f1": "multirc", "macro_f1": "cb", "matthews": "cola", "pearson": "stsb", "spearman": "stsb"}
