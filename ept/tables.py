@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Cell', 'escape', 'Table', 'conditions', 'ungrouped', 'score_cell', 'score_table', 'turned_table',
-           'overall_table', 'comparison_table', 'rates_table', 'frames']
+           'ranked', 'overall_table', 'comparison_table', 'rates_table', 'frames']
 
 # %% ../nbs/60a_tables.ipynb #e0514b4b
 import html
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from .results import LABELS, ScoreTable
+from .results import ScoreTable, label
 
 # %% ../nbs/60a_tables.ipynb #71463378
 @dataclass(frozen=True)
@@ -106,8 +106,12 @@ PUBLISHED = {
     "source": "logs released by the authors of DePT (Shi & Lipani 2024), t5-base, whole test splits",
     "scores": {"mnli": 84.99, "qqp": 90.38, "qnli": 93.19, "sst2": 94.15, "stsb": 90.77, "mrpc": 90.69, "rte": 79.14, "cola": 63.79,
                "multirc": 74.30, "boolq": 79.33, "wic": 68.65, "wsc": 67.31, "cb": 92.86},
-    "profiles": ("paper", "smollm2", "smollm2-methods"),
 }  # fmt: skip
+
+
+def _beside(table):
+    "Whether published scores may stand beside these: on real rows."
+    return table.profile.data.source == "benchmark"
 
 
 def conditions(
@@ -120,7 +124,7 @@ def conditions(
     rows = ", ".join(f"{n} {split}" for split, n in p.data.subsample.items())
     seeds = f"seed{'s' if len(p.grid.seeds) > 1 else ''} {', '.join(map(str, p.grid.seeds))}"
     return (
-        f"Profile {LABELS.get(p.profile, p.profile)}. Backbone {p.backbone.name}{revision}, {p.data.source} data" + (f", at most {rows} examples" if rows else "")
+        f"Profile {label(p)}. Backbone {p.backbone.name}{revision}, {p.data.source} data" + (f", at most {rows} examples" if rows else "")
         + f"; {there.sum()} of {len(there)} runs, {seeds}."
     )  # fmt: skip
 
@@ -178,7 +182,7 @@ def score_table(
     published: dict = PUBLISHED,
 ) -> Table:
     "Every score: a row a task, a column a method."
-    beside = table.profile.profile in published["profiles"]
+    beside = _beside(table)
     rows, overall = [], table.overall().set_index("method")
     for task in table.tasks:
         first = next((c for m in table.methods if (c := table.cell(task, m))), None)
@@ -203,7 +207,7 @@ def turned_table(
     intervals: bool = False,  # in place of the trainable parameters
 ) -> Table:
     "Every score: a row a method, a column a task."
-    beside, overall = table.profile.profile in published["profiles"], table.overall().set_index("method")
+    beside, overall = _beside(table), table.overall().set_index("method")
     rows, whole = [], table.scores()
     for method in table.methods:
         mean = whole[method].mean() if whole[method].notna().all() else math.nan
@@ -223,6 +227,13 @@ def turned_table(
     return Table("scores", columns, rows, caption, foot=2 + beside)
 
 # %% ../nbs/60a_tables.ipynb #4ab97896
+def ranked(
+    table: ScoreTable,
+) -> str:
+    "Who is ranked, in words."
+    return f"`{table.proposed}` and the comparison methods" if table.proposed else "the comparison methods"
+
+
 def overall_table(
     table: ScoreTable,
 ) -> Table:
@@ -237,7 +248,7 @@ def overall_table(
     common, contenders = len(table.common), len(table.contenders)
     caption = (
         f"Mean score over the {common} of {len(table.tasks)} tasks that all methods have, with a 95 % bootstrap interval over test examples. "
-        f"Ranks among `ept` and the comparison methods ({contenders}): mean ± standard deviation over tasks, in brackets the best and the worst. "
+        f"Ranks among {ranked(table)} ({contenders}): mean ± standard deviation over tasks, in brackets the best and the worst. "
         "Worst gap: points behind the best of them on the task named. At the floor: tasks whose interval reaches down to a constant answer. – does not apply or was not measured."
     )
     return Table("overall", ["method", "trainable parameters", "mean score", "rank", "worst gap", "training time, pt = 1", "at the floor", "runs missing"], rows, caption)
@@ -250,16 +261,17 @@ def _p(value):
 
 def comparison_table(
     table: ScoreTable,
-    method: str = "ept",
+    method: str | None = None,  # None is the proposed one
 ) -> Table | None:  # None where there is nothing to compare
     "A method against each other one."
-    found, several = table.compare(method), len(table.seeds) > 1
+    method, several = method or table.proposed, len(table.seeds) > 1
+    found = table.compare(method)
     if not len(found):
         return None
     order = {"comparison": 0, "ablation": 1, "reference": 2}
     rows = []
-    for row in sorted(found.to_dict("records"), key=lambda r: order.get(r["kind"], 3)):
-        name = Cell(row["method"], small="" if row["kind"] == "comparison" else row["kind"])
+    for row in sorted(found.to_dict("records"), key=lambda r: order.get(r["role"], 3)):
+        name = Cell(row["method"], small="" if row["role"] == "comparison" else row["role"])
         points = Cell(f"{row['difference']:+.1f}", "", "" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}")
         largest = Cell("–") if math.isnan(row["largest"]) else Cell(f"{row['largest']:+.1f}", "", row["largest_task"])
         tests = [_p(row["bootstrap_holm"]), *([_p(row["wilcoxon_holm"])] if several else []), _p(row["wilcoxon_tasks_holm"])]
@@ -297,9 +309,8 @@ def rates_table(
 # %% ../nbs/60a_tables.ipynb #b83256ed
 def frames(
     table: ScoreTable,
-    method: str = "ept",
+    method: str | None = None,  # None is the proposed one
 ) -> dict[str, pd.DataFrame]:  # name -> numbers
     "What stands behind the tables."
-    here = method in table.methods
-    found = {"scores": table.cells.drop(columns="device"), "overall": table.overall(), "comparison": table.compare(method) if here else None, "differences": table.differences(method) if here else None, "sweep": table.sweep}
+    found = {"scores": table.cells.drop(columns="device"), "overall": table.overall(), "comparison": table.compare(method), "differences": table.differences(method), "sweep": table.sweep}
     return {name: frame for name, frame in found.items() if frame is not None and len(frame)}

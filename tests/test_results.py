@@ -35,7 +35,7 @@ def profile(tasks=("cola", "cb"), methods=METHODS, seeds=(0,), name="small"):
     )  # fmt: skip
 
 
-def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu"):
+def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu", role=None):
     """A run that gets `right` of `n` examples right."""
     task, _, seed = key.rsplit("-", 2)[0].split("-")[0], None, key.rsplit("-", 1)[1]
     method = key.removeprefix(f"{task}-").removesuffix(f"-{seed}")
@@ -43,8 +43,8 @@ def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gat
     predictions = np.zeros(n, dtype=int) if constant else np.where(np.arange(n) < right, labels, 1 - labels)
     score = float(weighted_scores(metric, predictions, labels, np.ones((1, n)))[0])
     record = {
-        "task": task, "method": method, "seed": int(seed), "metric": metric, "score": score, "majority_score": 50.0, "n": n,
-        "trainable_parameters": 0 if method == "frozen" else 6400, "chosen_step": 20, "metrics": {metric: {"value": score, "n": n}},
+        "task": task, "method": method, "role": role or REGISTRY[method].role, "seed": int(seed), "metric": metric, "score": score, "majority_score": 50.0, "n": n,
+        "trainable_parameters": 0 if (role or REGISTRY[method].role) == "reference" else 6400, "chosen_step": 20, "metrics": {metric: {"value": score, "n": n}},
         "history": {"step": [10, 20], "loss": [1.0, 0.5], "score": [score - 5, score]}, "gate_weights": gates, "backbone": {"revision": None},
         "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}},
     }  # fmt: skip
@@ -382,6 +382,82 @@ def test_the_embedded_table_says_what_it_is_not(tmp_path):
     assert "made-up data" in findings(table)[0]
 
 
+@pytest.mark.parametrize("source", ["embedded", "benchmark"])
+def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_path):
+    """A copy under another name says the same true things: whether its data are made up, and published scores beside real rows."""
+    reports = {}
+    for name in ("embedded-full", "smollm2-methods", "a-copy"):
+        p = replace(profile(tasks=("cola", "cb"), name=name), data=DataChoice(source, "data" if source == "embedded" else None))
+        for key, right in (("cola-frozen-0", 50), ("cola-pt-0", 70), ("cola-ept-0", 95), ("cb-pt-0", 80), ("cb-ept-0", 84)):
+            write(tmp_path / name, p, key, right)
+        table = read(p, tmp_path / name)
+        write_report(table, tmp_path / name / "report")
+        texts = {f.name: f.read_text() for f in (tmp_path / name / "report").rglob("*") if f.is_file()}
+        texts |= {"findings": " ".join(findings(table)), "columns": " ".join(score_table(table).columns)}
+        reports[name] = {file: text.replace(name, "NAME") for file, text in texts.items()}
+    assert reports["embedded-full"] == reports["a-copy"] == reports["smollm2-methods"]
+    made_up_data, found = source == "embedded", reports["a-copy"]
+    for file in ("report.html", "table.md", "scores.tex"):
+        assert ("NAME: proves the machinery, says nothing about English" in found[file]) == made_up_data
+        assert ("63.79" in found[file]) != made_up_data
+    assert ("made-up data" in found["findings"]) == made_up_data and ("published" in found["columns"]) != made_up_data
+
+
+def test_a_method_under_another_name_keeps_its_role(tmp_path):
+    """Ranking, families of comparisons and sentences about the proposed method follow what the records say, not the name."""
+    names = {"frozen": "asis", "pt": "pt", "dept": "dept", "ept-no-fusion": "novel-no-fusion", "ept": "novel"}
+    found = []
+    for called in ({m: m for m in names}, names):
+        root = tmp_path / called["ept"]
+        p = replace(profile(methods=tuple(called.values())), sweep=Sweep())
+        for method, right in zip(names, (50, 70, 80, 75, 95)):
+            for task in ("cola", "cb"):
+                gates = [[0.4, 0.6], [0.5, 0.5]] if method == "ept" else None
+                write(root, p, f"{task}-{called[method]}-0", right, role=REGISTRY[method].role, constant=method == "frozen", gates=gates)
+        table = read(p, root)
+        drawn = write_report(table, root / "report")
+        compared, overall = table.compare(), table.overall()
+        text = "\n".join([*findings(table), (root / "report" / "table.md").read_text(), comparison_table(table).html()])
+        for new, old in {called["ept"]: "ept", called["frozen"]: "frozen"}.items():
+            text = re.sub(rf"(?<![\w-]){new}(?![\w])", old, text)
+        back = {new: old for old, new in called.items()}
+        found.append((text, [back[m] for m in table.contenders], compared["role"].tolist(), overall["role"].tolist(), list(drawn), list(frames(table))))
+    assert found[0] == found[1]
+    assert found[1][1:4] == (["pt", "dept", "ept"], ["reference", "comparison", "comparison", "ablation"], ["reference", "comparison", "comparison", "ablation", "proposed"])
+    assert {"ablations", "comparison", "gates"} <= set(found[1][4])
+
+
+def test_made_up_methods_have_the_roles_of_the_real_ones():
+    assert made_up(methods=tuple(REGISTRY), tasks=("cola",), seeds=(0,)).roles == {name: method.role for name, method in REGISTRY.items()}
+
+
+def test_a_method_without_records_has_no_role_and_is_in_no_ranking(filled):
+    p, root = filled
+    for task in ("cola", "cb"):
+        Paths(p, root).record("scores", f"{task}-ept-0").unlink()
+    table = read(p, root)
+    assert table.roles == {"frozen": "reference", "pt": "comparison", "ept": None} and table.proposed is None and table.contenders == ["pt"]
+    assert table.compare().empty and table.differences().empty and comparison_table(table) is None
+    assert "missing" in score_table(table).markdown() and write_report(table, root / "report")
+
+
+def test_a_record_that_says_no_role_or_another_is_refused(filled):
+    p, root = filled
+    file = Paths(p, root).record("scores", "cb-ept-0")
+    record = json.loads(file.read_text())
+    for role, text in ((None, "cb-ept-0.*no role.*evaluate"), ("comparison", "'ept'.*comparison and proposed.*evaluate")):
+        file.write_text(json.dumps({**{k: v for k, v in record.items() if k != "role"}, **({"role": role} if role else {})}))
+        with pytest.raises(ValueError, match=text):
+            read(p, root)
+
+
+def test_reports_know_no_list_of_methods():
+    """A report is made from records alone; nothing it is made of imports the methods, at any depth of a function."""
+    package = Path(__file__).parents[1] / "ept"
+    for module in ("statistics", "results", "tables", "figures", "page"):
+        assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (package / f"{module}.py").read_text()), module
+
+
 # ---- comparisons ----------------------------------------------------------------------------------------------------------
 
 FULL = tuple(m for m in LOOKS)
@@ -394,8 +470,8 @@ def large():
 
 def test_comparisons_are_corrected_for_eleven(large):
     found = large.compare()
-    eleven = found[found["kind"] == "comparison"]
-    assert len(eleven) == 11 and set(found["kind"]) == {"comparison", "ablation", "reference"}
+    eleven = found[found["role"] == "comparison"]
+    assert len(eleven) == 11 and set(found["role"]) == {"comparison", "ablation", "reference"}
     for name in ("bootstrap", "wilcoxon", "wilcoxon_tasks"):
         np.testing.assert_allclose(eleven[f"{name}_holm"], holm(eleven[f"{name}_p"]))
         smallest = eleven[f"{name}_p"].min()
@@ -454,10 +530,10 @@ def test_small_and_broken_grids_have_a_report(size, tmp_path):
 # ---- tables ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["paper", "smollm2", "smollm2-methods", "embedded", "embedded-full", "made-up"])
-def test_published_scores_stand_apart_and_only_beside_real_ones(name):
-    table = made_up(tasks=("cola", "cb"), name=name)
-    part, beside = score_table(table), name in ("paper", "smollm2", "smollm2-methods")
+@pytest.mark.parametrize("source", ["embedded", "benchmark"])
+def test_published_scores_stand_apart_and_only_beside_real_ones(source):
+    table = made_up(tasks=("cola", "cb"), source=source)
+    part, beside = score_table(table), source == "benchmark"
     texts = (part.markdown(), part.html(), turned_table(table).latex(), turned_table(table, intervals=True).html())
     for text in texts:
         assert ("63.79" in text and "92.86" in text and "other setting" in text and "not measured here" in text) == beside
