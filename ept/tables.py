@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'Cell', 'escape', 'Table', 'conditions', 'ungrouped', 'score_cell', 'score_table', 'turned_table',
-           'ranked', 'overall_table', 'comparison_table', 'rates_table', 'frames']
+           'ranked', 'overall_table', 'comparison_table', 'rates_table', 'frames', 'summary', 'curves', 'write_summary']
 
 # %% ../nbs/60a_tables.ipynb #e0514b4b
 import html
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
 from .results import ScoreTable, label
+from .files import write_atomic, write_json
 
 # %% ../nbs/60a_tables.ipynb #71463378
 @dataclass(frozen=True)
@@ -314,3 +316,40 @@ def frames(
     "What stands behind the tables."
     found = {"scores": table.cells.drop(columns="device"), "overall": table.overall(), "comparison": table.compare(method), "differences": table.differences(method), "sweep": table.sweep}
     return {name: frame for name, frame in found.items() if frame is not None and len(frame)}
+
+# %% ../nbs/60a_tables.ipynb #343e61a9
+def summary(
+    table: ScoreTable,
+) -> dict[str, dict[str, float]]:  # method -> task -> mean score, rounded to two decimals; "mean" where all tasks are there
+    "The scores, as few numbers as possible, in the grid's order."
+    found, rounded = {}, lambda value: round(float(value), 2) + 0.0  # no -0.0
+    for method, scores in table.scores().items():
+        there = scores.dropna()
+        found[method] = {task: rounded(score) for task, score in there.items()} | ({"mean": rounded(scores.mean())} if len(there) == len(scores) else {})
+    return {method: scores for method, scores in found.items() if scores}
+
+
+def curves(
+    table: ScoreTable,
+) -> pd.DataFrame:  # columns method, step (optimizer steps), score (mean validation score)
+    "Mean validation score of every method at the steps that all its tasks have."
+    rows = []
+    for method in table.methods:
+        points = [
+            (run["task"], step, score)
+            for run in table.runs[table.runs["method"] == method].to_dict("records")
+            for step, score in zip(*((run["history"] or {}).get(name, []) for name in ("step", "score")))
+            if score is not None and not math.isnan(score)
+        ]
+        wide = pd.DataFrame(points, columns=["task", "step", "score"]).pivot_table(index="step", columns="task", values="score", aggfunc="mean").dropna().sort_index()
+        rows += [(method, int(step), float(score)) for step, score in wide.mean(axis=1).items()]
+    return pd.DataFrame(rows, columns=["method", "step", "score"])
+
+
+def write_summary(
+    table: ScoreTable,
+    folder: str | Path,
+) -> list[Path]:  # `summary.json` and `curves.csv`
+    "Write what DVC compares between versions."
+    folder, text = Path(folder), curves(table).round(2).to_csv(index=False, float_format="%.2f", lineterminator="\n")
+    return [write_json(folder / "summary.json", summary(table)), write_atomic(folder / "curves.csv", text)]

@@ -22,7 +22,7 @@ from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep
 from ept.records import make_record
 from ept.results import ScoreTable, collect, collect_sweep, made_up
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
-from ept.tables import PUBLISHED, comparison_table, frames, overall_table, rates_table, score_table, turned_table
+from ept.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
 from ept.tasks import TASKS
 
 METHODS = ("frozen", "pt", "ept")
@@ -561,6 +561,35 @@ def test_every_number_is_in_csv(large):
     found = frames(large)
     assert len(found["scores"]) == 13 * 16 and len(found["overall"]) == 16 and len(found["comparison"]) == 15 and len(found["differences"]) == 13 * 15 - 1
     assert {"low", "high", "deviation", "missing", "near_floor", "best"} <= set(found["scores"])
+
+
+def test_the_summary_holds_the_scores_that_are_there(filled, tmp_path):
+    p, root = filled
+    found = summary(read(p, root))
+    assert found == {"frozen": {"cola": 50.0}, "pt": {"cola": 70.0, "cb": 80.0, "mean": 75.0}, "ept": {"cola": 95.0, "cb": 84.0, "mean": 89.5}}
+    assert [list(found), list(found["pt"])] == [["frozen", "pt", "ept"], ["cola", "cb", "mean"]], "the grid's order"
+    Paths(p, root).record("scores", "cola-frozen-0").unlink()
+    assert "frozen" not in summary(read(p, root))
+
+
+def test_curves_hold_the_steps_that_every_task_of_a_method_has(tmp_path):
+    p = profile(methods=("pt", "ept"), seeds=(0, 1))
+    for key, right in (("cola-pt-0", 60), ("cola-pt-1", 70), ("cb-pt-0", 80), ("cola-ept-0", 90), ("cb-ept-0", 50)):
+        write(tmp_path, p, key, right)
+    file = Paths(p, tmp_path).record("scores", "cb-ept-0")
+    file.write_text(file.read_text().replace('"score": [45.0, 50.0]', '"score": [null, 50.004]'))
+    found = curves(read(p, tmp_path))
+    assert found.to_numpy().tolist() == [["pt", 10, 67.5], ["pt", 20, 72.5], ["ept", 20, (90 + 50.004) / 2]], "step 10 of ept is missing on cb"
+    write_summary(read(p, tmp_path), tmp_path)
+    assert (tmp_path / "curves.csv").read_bytes() == b"method,step,score\npt,10,67.50\npt,20,72.50\nept,20,70.00\n"
+    frozen = made_up(methods=("frozen",))
+    write_summary(frozen, tmp_path)
+    assert (tmp_path / "curves.csv").read_text() == "method,step,score\n" and list(json.loads((tmp_path / "summary.json").read_text())) == ["frozen"]
+
+
+def test_the_same_results_give_the_same_summary(filled, tmp_path):
+    files = [[file.read_bytes() for file in write_summary(read(*filled), tmp_path / name)] for name in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 2
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------------
