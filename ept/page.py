@@ -18,7 +18,7 @@ from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, p
 from .results import SIZES, ScoreTable, label
 from .files import write_atomic
 from .statistics import DRAWS
-from .tables import comparison_table, conditions, frames, overall_table, ranked, rates_table, score_table, turned_table, ungrouped
+from .tables import comparison_table, conditions, frames, overall_table, ranked, rates_table, score_table, timing, turned_table, ungrouped
 
 # %% ../nbs/62_page.ipynb #232dd2c4
 def _points(found):
@@ -171,6 +171,7 @@ def protocol(
          "Where every draw gives the same accuracy, Wilson's interval. The deviation over seeds is another doubt and stands beside it."),
         ("Tests", "Two-sided. Paired bootstrap over test examples; Wilcoxon's signed-rank test over tasks and seeds and over tasks. Holm's correction within comparison methods, ablations and reference. "
          "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."),
+        ("Times", timing(table) + " Each time is that of the first run of this work: made again, it stays. Times relative to pt are of runs on the same kind of machine."),
         ("Ranks", f"Among {ranked(table)}, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
         ("Missing", "A missing run is counted and left out; means and ranks are over the tasks that all methods have, differences over the tasks and seeds that two methods share."),
     ]  # fmt: skip

@@ -18,13 +18,14 @@ from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_c
 from ept.methods import METHODS as REGISTRY
 from ept.metrics import score_task
 from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
-from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep
+from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile
 from ept.records import make_record
-from ept.results import ScoreTable, collect, collect_sweep, made_up
+from ept.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from ept.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
 from ept.tasks import TASKS
 
+ROOT = Path(__file__).parents[1]
 METHODS = ("frozen", "pt", "ept")
 
 
@@ -36,7 +37,7 @@ def profile(tasks=("cola", "cb"), methods=METHODS, seeds=(0,), name="small"):
 
 
 def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu", role=None):
-    """A run that gets `right` of `n` examples right."""
+    """A run that gets `right` of `n` examples right, with its own measurement of costs."""
     task, _, seed = key.rsplit("-", 2)[0].split("-")[0], None, key.rsplit("-", 1)[1]
     method = key.removeprefix(f"{task}-").removesuffix(f"-{seed}")
     labels = np.arange(n) % 2
@@ -52,17 +53,24 @@ def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gat
     if groups is not None:
         table["group"] = groups
     paths = Paths(profile, root)
-    for kind, text in (
-        ("scores", json.dumps(record)),
-        ("costs", json.dumps({"train_seconds": seconds, "device": device, "precision": "float32"})),
-        ("predictions", table.to_csv(index_label="index")),
-    ):
+    for kind, text in (("scores", json.dumps(record)), ("predictions", table.to_csv(index_label="index"))):
         file = paths.record(kind, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    measure(root, profile, key, seconds, work=f"{right} {n} {seconds} {device}", device=device)
+
+
+def measure(root, profile, key, seconds=10.0, work="some work", **more):
+    """What the train stage leaves in `runs/`."""
+    cost = {"train_seconds": seconds, "examples_per_second": 40.0, "tokens_per_second": 800.5, "peak_memory_bytes": 1000, "device": "cpu", "precision": "float32", "processor": "a processor", "work": work}
+    file = Paths(profile, root).cost(key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(cost | more))
+    return file
 
 
 def read(profile, root):
+    publish_costs(profile, root)
     return ScoreTable(profile, collect(profile, root), collect_sweep(profile, root))
 
 
@@ -79,8 +87,7 @@ def test_a_record_holds_the_role_of_its_method_whatever_it_is_called(monkeypatch
 
 
 def test_committed_records_hold_the_roles_of_their_methods():
-    root = Path(__file__).parents[1]
-    for file in (*root.glob("results/scores/*.json"), *root.glob("profiles/*/results/scores/*.json")):
+    for file in (*ROOT.glob("results/scores/*.json"), *ROOT.glob("profiles/*/results/scores/*.json")):
         record = json.loads(file.read_text())
         assert record["role"] == REGISTRY[record["method"]].role, file.name
 
@@ -453,9 +460,105 @@ def test_a_record_that_says_no_role_or_another_is_refused(filled):
 
 def test_reports_know_no_list_of_methods():
     """A report is made from records alone; nothing it is made of imports the methods, at any depth of a function."""
-    package = Path(__file__).parents[1] / "ept"
     for module in ("statistics", "results", "tables", "figures", "page"):
-        assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (package / f"{module}.py").read_text()), module
+        assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (ROOT / "ept" / f"{module}.py").read_text()), module
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_of_the_same_work_stays_as_it_was_published(tmp_path):
+    p = profile(methods=("pt", "ept"))
+    measure(tmp_path, p, "cola-pt-0", 20.0004, "a"), measure(tmp_path, p, "cola-ept-0", 10.0, "b")
+    assert publish_costs(p, tmp_path) == ["cola-pt-0", "cola-ept-0"]
+    file = Paths(p, tmp_path).results / "costs.csv"
+    first, written = file.read_text(), file.stat().st_mtime_ns
+    assert first.splitlines() == [",".join(COSTS), "cola,pt,0,,20.0,40.0,800.5,1000,cpu,float32,a processor,a", "cola,ept,0,,10.0,40.0,800.5,1000,cpu,float32,a processor,b"]
+    measure(tmp_path, p, "cola-pt-0", 33.0, "a", processor="another"), measure(tmp_path, p, "cola-ept-0", 44.0, "b")
+    assert publish_costs(p, tmp_path) == [] and file.read_text() == first and file.stat().st_mtime_ns == written, "nothing is written where nothing is new"
+    measure(tmp_path, p, "cola-ept-0", 44.0, "other work")
+    assert publish_costs(p, tmp_path) == ["cola-ept-0"]
+    assert read_costs(p, tmp_path)["train_seconds"].to_dict() == {"cola-pt-0": "20.0", "cola-ept-0": "44.0"}
+    assert publish_costs(p, tmp_path, replace=True) == ["cola-pt-0", "cola-ept-0"]
+    assert read_costs(p, tmp_path).loc["cola-pt-0", ["train_seconds", "processor"]].tolist() == ["33.0", "another"]
+
+
+def test_a_cost_of_unknown_work_is_replaced_by_a_measurement_only(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"))
+    file = Paths(p, tmp_path).results / "costs.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(",".join(COSTS) + "\ncola,pt,0,,20.125,40,800,1000,cpu,float32,,\ncola,ept,0,,10.125,40,800,1000,cpu,float32,,\n")
+    before = file.read_text()
+    assert publish_costs(p, tmp_path) == [] and file.read_text() == before
+    measure(tmp_path, p, "cola-ept-0", 9.0, "b")
+    assert publish_costs(p, tmp_path) == ["cola-ept-0"] and publish_costs(p, tmp_path) == []
+    assert read_costs(p, tmp_path)[["train_seconds", "work"]].to_numpy().tolist() == [["20.125", ""], ["9.0", "b"]]
+
+
+def test_costs_stand_in_the_order_of_the_grid_then_of_the_sweep_and_no_others(tmp_path):
+    p = replace(profile(tasks=("cola", "cb"), methods=("pt", "ept"), seeds=(0, 1)), sweep=Sweep(("cola",), (1,), ("rank-5", "spaces-1")))
+    keys = [plan.key for plan in (*p.runs(), *p.sweep_runs())]
+    for key in reversed(keys):
+        measure(tmp_path, p, key)
+    measure(tmp_path, p, "rte-pt-0"), measure(tmp_path, p, "cola-ept-1-rank-7")
+    assert publish_costs(p, tmp_path) == keys == read_costs(p, tmp_path).index.tolist()
+    assert read_costs(p, tmp_path).loc["cola-ept-1-rank-5", ["method", "seed", "size"]].tolist() == ["ept", "1", "rank-5"]
+    smaller = replace(p, grid=replace(p.grid, tasks=("cola",), seeds=(1,)), sweep=Sweep())
+    assert publish_costs(smaller, tmp_path) == [] and read_costs(p, tmp_path).index.tolist() == ["cola-pt-1", "cola-ept-1"], "runs that are no longer there are dropped"
+
+
+def test_nothing_measured_is_an_empty_table(tmp_path):
+    """The report stage promises DVC a table."""
+    assert publish_costs(profile(), tmp_path) == [] and (Paths(profile(), tmp_path).results / "costs.csv").read_text() == ",".join(COSTS) + "\n"
+    assert read_costs(profile(), tmp_path).empty and publish_costs(profile(), tmp_path) == []
+
+
+def test_a_measurement_that_lacks_something_is_refused(tmp_path):
+    file = measure(tmp_path, profile(), "cola-pt-0")
+    file.write_text(file.read_text().replace('"work"', '"other"'))
+    with pytest.raises(ValueError, match=r"cola-pt-0.json has no work; train the run again .make reproduce."):
+        publish_costs(profile(), tmp_path)
+
+
+def test_a_report_takes_costs_from_the_published_table_only(filled):
+    p, root = filled
+    assert collect(p, root)["train_seconds"].max() == 0, "nothing is published yet, and `frozen` takes no time"
+    assert "No run that trains was timed" in score_table(ScoreTable(p, collect(p, root))).markdown()
+    assert read(p, root).runs["train_seconds"].notna().sum() == 5
+    for file in (Paths(p, root).runs / "costs").glob("*.json"):
+        file.unlink()
+    assert read(p, root).runs["train_seconds"].notna().sum() == 5, "another clone has the table and no measurements"
+
+
+def test_what_trains_nothing_needs_no_measurement(filled):
+    p, root = filled
+    Paths(p, root).cost("cola-frozen-0").unlink()
+    runs = read(p, root).runs.set_index(["task", "method"])["train_seconds"]
+    assert runs["cola", "frozen"] == 0 and math.isnan(runs["cb", "frozen"]), "the one is there, the other is missing"
+
+
+def test_a_report_says_what_its_times_were_measured_on(filled):
+    p, root = filled
+    assert "measured on: a processor (cpu, float32)." in score_table(read(p, root)).markdown()
+    for task in ("cola", "cb"):
+        measure(root, p, f"{task}-ept-0", 5.0, "again", processor="another, faster")
+    table = read(p, root)
+    assert "measured on: a processor (cpu, float32), 2 runs; another, faster (cpu, float32), 2 runs." in dict(protocol(table))["Times"]
+    assert math.isnan(table.overall().set_index("method")["time_of_pt"]["ept"]), "seconds of different processors are not compared"
+
+
+def test_other_seconds_for_the_same_work_change_no_file(filled):
+    """A run that is made again takes other seconds; everything that git keeps stays the same, byte for byte."""
+    p, root = filled
+    kept = []
+    for seconds in (None, 123.4):
+        for file in (Paths(p, root).runs / "costs").glob("*.json") if seconds else ():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"train_seconds": seconds, "tokens_per_second": 1.0, "peak_memory_bytes": 2}))
+        table = read(p, root)
+        write_report(table, Paths(p, root).report)
+        write_summary(table, Paths(p, root).results)
+        kept.append({file.relative_to(root): file.read_bytes() for file in (root / "results").rglob("*") if file.is_file()})
+    assert kept[0] == kept[1] and len(kept[0]) > 20
 
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------------
