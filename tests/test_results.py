@@ -18,7 +18,7 @@ from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_c
 from ept.methods import METHODS as REGISTRY
 from ept.metrics import score_task
 from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
-from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile
+from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
 from ept.records import make_record
 from ept.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
@@ -559,6 +559,14 @@ def test_other_seconds_for_the_same_work_change_no_file(filled):
         write_summary(table, Paths(p, root).results)
         kept.append({file.relative_to(root): file.read_bytes() for file in (root / "results").rglob("*") if file.is_file()})
     assert kept[0] == kept[1] and len(kept[0]) > 20
+
+
+@pytest.mark.parametrize("file", profile_files(ROOT).values(), ids=list(profile_files(ROOT)))
+def test_committed_costs_are_those_of_the_committed_records(file):
+    p = load_profile(file)
+    trained = [plan.key for plan in (*p.runs(), *p.sweep_runs()) if plan.method not in p.grid.references]
+    assert read_costs(p).index.tolist() == [key for key in trained if Paths(p).record("scores", key).exists()]
+    assert not (Paths(p).results / "costs").exists()
 
 
 # ---- comparisons ----------------------------------------------------------------------------------------------------------
