@@ -118,6 +118,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'ept.figures._score_panel': ('figures.html#_score_panel', 'ept/figures.py'),
                              'ept.figures._sweep_panel': ('figures.html#_sweep_panel', 'ept/figures.py'),
                              'ept.figures._title': ('figures.html#_title', 'ept/figures.py'),
+                             'ept.figures.drawing': ('figures.html#drawing', 'ept/figures.py'),
                              'ept.figures.label_points': ('figures.html#label_points', 'ept/figures.py'),
                              'ept.figures.look': ('figures.html#look', 'ept/figures.py'),
                              'ept.figures.plot_ablations': ('figures.html#plot_ablations', 'ept/figures.py'),

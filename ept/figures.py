@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'LOOKS', 'STYLE', 'DIRECTIONS', 'MOST',
-           'NOTED', 'look', 'to_svg', 'plot_scores', 'label_points', 'plot_parameters', 'plot_time', 'plot_ranks',
-           'plot_comparison', 'plot_ablations', 'spread', 'plot_sweep', 'plot_curves', 'plot_gates']
+           'NOTED', 'look', 'drawing', 'to_svg', 'plot_scores', 'label_points', 'plot_parameters', 'plot_time',
+           'plot_ranks', 'plot_comparison', 'plot_ablations', 'spread', 'plot_sweep', 'plot_curves', 'plot_gates']
 
 # %% ../nbs/61_figures.ipynb #a4b284a4
 import io
 import math
+from contextlib import contextmanager
 
 import matplotlib as mpl
 import matplotlib.colors
+import matplotlib.style
 import matplotlib.text
 import matplotlib.ticker
 import numpy as np
@@ -49,12 +51,21 @@ def look(
     return {m: {"color": c, "marker": k, "linestyle": line} for m, (c, k, line) in chosen.items()}
 
 
+@contextmanager
+def drawing(**more):  # further settings of matplotlib
+    "Draw in `STYLE` on matplotlib's own defaults: what a user's `matplotlibrc` says makes no difference."
+    with mpl.rc_context():
+        mpl.style.use("default")
+        mpl.rcParams.update(STYLE | more)
+        yield
+
+
 def to_svg(
     figure: Figure,
 ) -> str:  # an <svg> element
     "A figure as SVG, the same bytes each time."
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
@@ -67,7 +78,7 @@ def plot_scores(
     "Score and interval of every method on every task."
     looks, columns = look(table.methods, table.proposed), min(columns, len(table.tasks))
     rows = math.ceil(len(table.tasks) / columns)
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(2.4 + 1.5 * columns, 0.5 + rows * (0.55 + 0.15 * len(table.methods))))
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for panel in panels.ravel()[len(table.tasks) :]:
@@ -169,7 +180,7 @@ def _plot_cost(table, column, label, log):
     paid = found[found[column] > 0]
     if len(paid) < 2:
         return None
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 4.4))
         axes = figure.add_subplot()
         for method, row in paid.iterrows():
@@ -222,7 +233,7 @@ def plot_ranks(
     if placed.shape[1] < 2 or placed.empty:
         return None
     order, looks = placed.mean().sort_values(kind="stable").index, look(table.methods, table.proposed)
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 1.2 + 0.26 * len(order)))
         axes = figure.add_subplot()
         for y, method in enumerate(order):
@@ -269,7 +280,7 @@ def plot_comparison(
     found = table.compare(method)
     if not len(found):
         return None
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 1.0 + 0.26 * len(found)))
         axes = figure.add_subplot()
         _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods, table.proposed))
@@ -290,7 +301,7 @@ def plot_ablations(
     if not others:
         return None
     looks, nothing = look(table.methods, table.proposed), (math.nan,) * 3 + ("",)
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
         panels = figure.subplots(1, len(others), squeeze=False, sharey=True, sharex=True).ravel()
         for panel, other in zip(panels, others):
@@ -335,7 +346,7 @@ def plot_sweep(
     if table.sweep is None or table.sweep.empty:
         return None
     names = [s for s in SIZES if (table.sweep["swept"] == s).any()]
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(0.4 + 2.4 * max(2, len(names)), 3.4))
         panels = figure.subplots(1, len(names), squeeze=False, sharey=True).ravel()
         drawn = {swept: _points(table, swept) for swept in names}
@@ -378,7 +389,7 @@ def plot_curves(
         return None
     full = trained if len(trained) <= MOST else [m for m in trained if m in (*NOTED, table.proposed)] or trained[:4]
     looks, rows, columns = look(table.methods, table.proposed), math.ceil(len(table.tasks) / columns), min(columns, len(table.tasks))
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(max(3.4, 1.9 * columns), 0.6 + 1.5 * rows))
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for panel in panels[len(table.tasks) :]:
@@ -429,7 +440,7 @@ def plot_gates(
     tokens, spaces = max(g.shape[0] for g in gates.values()), max(g.shape[1] for g in gates.values())
     low, high, middle = min(map(np.min, gates.values())), max(map(np.max, gates.values())), 1 / spaces
     norm = mpl.colors.TwoSlopeNorm(middle, min(low, middle - 0.01), max(high, middle + 0.01))
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
+    with drawing(**{"axes.grid": False}):
         figure = Figure(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
         panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True).ravel()
         for panel, (task, weights) in zip(panels, gates.items()):

@@ -171,7 +171,7 @@ def protocol(
          "Where every draw gives the same accuracy, Wilson's interval. The deviation over seeds is another doubt and stands beside it."),
         ("Tests", "Two-sided. Paired bootstrap over test examples; Wilcoxon's signed-rank test over tasks and seeds and over tasks. Holm's correction within comparison methods, ablations and reference. "
          "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."),
-        ("Times", timing(table) + " Each time is that of the first run of this work: made again, it stays. Times relative to pt are of runs on the same kind of machine."),
+        ("Times", timing(table) + " When a run is made again and nothing but its time is new, the first time stays. Times relative to pt are of runs on the same kind of machine."),
         ("Ranks", f"Among {ranked(table)}, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
         ("Missing", "A missing run is counted and left out; means and ranks are over the tasks that all methods have, differences over the tasks and seeds that two methods share."),
     ]  # fmt: skip

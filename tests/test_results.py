@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -753,6 +756,30 @@ def test_the_same_results_give_the_same_files(filled, tmp_path):
         files.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()})
     assert files[0] == files[1]
     assert {"report.html", "table.md", "table.csv", "tables/scores.tex", "tables/comparison.csv"} <= {str(p) for p in files[0]}
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from ept.page import FIGURES, write_report
+from ept.results import made_up
+from ept.tables import write_summary
+table = made_up(methods=("frozen", "pt", "dept", "ept-no-fusion", "ept"), tasks=("cola", "multirc", "stsb"))
+assert set(write_report(table, Path(sys.argv[1]) / "report")) == set(FIGURES)
+write_summary(table, sys.argv[1])
+"""
+
+
+def test_another_process_gives_the_same_files(tmp_path):
+    """With another order of sets, another user's settings of matplotlib, another number of threads, in another place on earth."""
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "matplotlibrc").write_text("font.size: 15\nfont.family: serif\nsvg.fonttype: none\nlines.solid_capstyle: round\nfigure.dpi: 200\naxes.labelpad: 9\n")
+    ways = {"one": {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "TZ": "UTC"}, "two": {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path / "settings")}}
+    files = []
+    for name, way in ways.items():
+        subprocess.run([sys.executable, "-c", WRITE, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT), **way})
+        files.append({f.relative_to(tmp_path / name): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()})
+    assert [name for name in files[0] if files[0][name] != files[1].get(name)] == [] and set(files[0]) == set(files[1])
 
 
 def test_a_figure_without_content_is_left_out_and_the_page_says_why(tmp_path):
