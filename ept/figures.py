@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'LOOKS', 'STYLE', 'DIRECTIONS', 'MOST',
-           'NOTED', 'look', 'to_svg', 'plot_scores', 'label_points', 'plot_parameters', 'plot_time', 'plot_ranks',
-           'plot_comparison', 'plot_ablations', 'spread', 'plot_sweep', 'plot_curves', 'plot_gates']
+           'NOTED', 'look', 'drawing', 'to_svg', 'plot_scores', 'label_points', 'plot_parameters', 'plot_time',
+           'plot_ranks', 'plot_comparison', 'plot_ablations', 'spread', 'plot_sweep', 'plot_curves', 'plot_gates']
 
 # %% ../nbs/61_figures.ipynb #a4b284a4
 import io
 import math
+from contextlib import contextmanager
 
 import matplotlib as mpl
 import matplotlib.colors
+import matplotlib.style
 import matplotlib.text
 import matplotlib.ticker
 import numpy as np
@@ -22,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from .results import SIZES, ScoreTable, kind
+from .results import SIZES, ScoreTable
 
 # %% ../nbs/61_figures.ipynb #9b1b4228
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = "#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7", "#888888"
@@ -40,11 +42,22 @@ STYLE = {
 
 def look(
     methods: list[str],  # of a grid
+    proposed: str | None = None,  # the proposed method, which is red under any name
 ) -> dict[str, dict]:  # method -> colour, marker, line style
     "How each method is drawn: the same in every report; relatives share a colour, `frozen` is grey, for nothing is trained."
     others = iter([(c, k, "-.") for k in "*8H1234+x|_" for c in (BLACK, GREEN, ORANGE)])
-    chosen = {m: LOOKS.get(m) or next(others) for m in methods}
+    known = LOOKS if proposed is None or "ept" in methods else LOOKS | {proposed: LOOKS["ept"]}
+    chosen = {m: known.get(m) or next(others) for m in methods}
     return {m: {"color": c, "marker": k, "linestyle": line} for m, (c, k, line) in chosen.items()}
+
+
+@contextmanager
+def drawing(**more):  # further settings of matplotlib
+    "Draw in `STYLE` on matplotlib's own defaults: what a user's `matplotlibrc` says makes no difference."
+    with mpl.rc_context():
+        mpl.style.use("default")
+        mpl.rcParams.update(STYLE | more)
+        yield
 
 
 def to_svg(
@@ -52,7 +65,7 @@ def to_svg(
 ) -> str:  # an <svg> element
     "A figure as SVG, the same bytes each time."
     buffer = io.StringIO()
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
@@ -63,9 +76,9 @@ def plot_scores(
     columns: int = 4,
 ) -> Figure:
     "Score and interval of every method on every task."
-    looks, columns = look(table.methods), min(columns, len(table.tasks))
+    looks, columns = look(table.methods, table.proposed), min(columns, len(table.tasks))
     rows = math.ceil(len(table.tasks) / columns)
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(2.4 + 1.5 * columns, 0.5 + rows * (0.55 + 0.15 * len(table.methods))))
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for panel in panels.ravel()[len(table.tasks) :]:
@@ -163,11 +176,11 @@ def _free_place(spot, others, width, height, taken, inside, unit):
 # %% ../nbs/61_figures.ipynb #10ee6f3f
 def _plot_cost(table, column, label, log):
     "Mean score against a cost; a method without that cost is a line across."
-    found, looks = table.overall().set_index("method").dropna(subset=["score", column]), look(table.methods)
+    found, looks = table.overall().set_index("method").dropna(subset=["score", column]), look(table.methods, table.proposed)
     paid = found[found[column] > 0]
     if len(paid) < 2:
         return None
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 4.4))
         axes = figure.add_subplot()
         for method, row in paid.iterrows():
@@ -213,14 +226,14 @@ def plot_time(
 def plot_ranks(
     table: ScoreTable,
 ) -> Figure | None:  # None for fewer than two methods, or where no task has all of them
-    "Ranks of `ept` and the comparison methods over tasks."
+    "Ranks of the proposed method and the comparison methods over tasks."
     from ept.statistics import ranks
 
     placed = ranks(table.scores(table.contenders))
     if placed.shape[1] < 2 or placed.empty:
         return None
-    order, looks = placed.mean().sort_values(kind="stable").index, look(table.methods)
-    with mpl.rc_context(STYLE):
+    order, looks = placed.mean().sort_values(kind="stable").index, look(table.methods, table.proposed)
+    with drawing():
         figure = Figure(figsize=(7.2, 1.2 + 0.26 * len(order)))
         axes = figure.add_subplot()
         for y, method in enumerate(order):
@@ -260,16 +273,17 @@ def _forest(axes, rows, looks):
 
 def plot_comparison(
     table: ScoreTable,
-    method: str = "ept",
+    method: str | None = None,  # None is the proposed one
 ) -> Figure | None:  # None where there is nothing to compare
     "Difference of a method to each other one, a mean over tasks."
-    found = table.compare(method) if method in table.methods else []
+    method = method or table.proposed
+    found = table.compare(method)
     if not len(found):
         return None
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(7.2, 1.0 + 0.26 * len(found)))
         axes = figure.add_subplot()
-        _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods))
+        _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods, table.proposed))
         axes.text(1.01, -0.7, "win / tie / loss", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
         for y, row in enumerate(found.itertuples()):
             axes.text(1.01, y, f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {row.tasks} tasks"), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
@@ -279,27 +293,26 @@ def plot_comparison(
 # %% ../nbs/61_figures.ipynb #b1731416
 def plot_ablations(
     table: ScoreTable,
-) -> Figure | None:  # None without `ept` or without ablations
-    "What each part of EPT adds on every task."
-    others = [m for m in table.methods if kind(m) == "ablation"]
+) -> Figure | None:  # None without a proposed method or without ablations
+    "What each part of the proposed method adds on every task."
+    others, found = [m for m in table.methods if table.roles[m] == "ablation"], table.differences()
     others += ["dept"] if others and "dept" in table.methods else []
-    found = table.differences() if "ept" in table.methods else pd.DataFrame(columns=["method"])
     others = [m for m in others if (found["method"] == m).any()]
     if not others:
         return None
-    looks, nothing = look(table.methods), (math.nan,) * 3 + ("",)
-    with mpl.rc_context(STYLE):
+    looks, nothing = look(table.methods, table.proposed), (math.nan,) * 3 + ("",)
+    with drawing():
         figure = Figure(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
         panels = figure.subplots(1, len(others), squeeze=False, sharey=True, sharex=True).ravel()
         for panel, other in zip(panels, others):
             own = found[found["method"] == other].set_index("task")
             rows = [(t, *(own.loc[t, ["difference", "low", "high", "verdict"]] if t in own.index else nothing), other) for t in table.tasks]
-            mean = table.difference("ept", other)
+            mean = table.difference(table.proposed, other)
             _forest(panel, [*rows, ("mean", mean.value, mean.low, mean.high, mean.verdict, other)], looks)
             panel.axhline(len(rows) - 0.5, color="#bbbbbb", linewidth=0.8)
-            panel.set_title("both parts (dept)" if other == "dept" else other.removeprefix("ept-").replace("no-", "without ").replace("-", " "), fontsize=8.5)
+            panel.set_title("both parts (dept)" if other == "dept" else other.removeprefix(f"{table.proposed}-").replace("no-", "without ").replace("-", " "), fontsize=8.5)
             panel.tick_params(labelsize=8, length=2)
-        figure.supxlabel("points that ept is ahead; hollow: a tie", fontsize=9)
+        figure.supxlabel(f"points that {table.proposed} is ahead; hollow: a tie", fontsize=9)
     return figure
 
 # %% ../nbs/61_figures.ipynb #a8e4ebcf
@@ -333,7 +346,7 @@ def plot_sweep(
     if table.sweep is None or table.sweep.empty:
         return None
     names = [s for s in SIZES if (table.sweep["swept"] == s).any()]
-    with mpl.rc_context(STYLE):
+    with drawing():
         figure = Figure(figsize=(0.4 + 2.4 * max(2, len(names)), 3.4))
         panels = figure.subplots(1, len(names), squeeze=False, sharey=True).ravel()
         drawn = {swept: _points(table, swept) for swept in names}
@@ -363,7 +376,7 @@ def _sweep_panel(panel, points, usual, gap):
 
 # %% ../nbs/61_figures.ipynb #6b57afb8
 MOST = 6  # methods that are drawn in full
-NOTED = ("ept", "dept", "lora", "pt")
+NOTED = ("dept", "lora", "pt")  # beside the proposed method
 
 
 def plot_curves(
@@ -374,9 +387,9 @@ def plot_curves(
     trained = [m for m in table.methods if any(r["history"] and r["history"]["step"] for r in table.runs[table.runs["method"] == m].to_dict("records"))]
     if not trained:
         return None
-    full = trained if len(trained) <= MOST else [m for m in trained if m in NOTED] or trained[:4]
-    looks, rows, columns = look(table.methods), math.ceil(len(table.tasks) / columns), min(columns, len(table.tasks))
-    with mpl.rc_context(STYLE):
+    full = trained if len(trained) <= MOST else [m for m in trained if m in (*NOTED, table.proposed)] or trained[:4]
+    looks, rows, columns = look(table.methods, table.proposed), math.ceil(len(table.tasks) / columns), min(columns, len(table.tasks))
+    with drawing():
         figure = Figure(figsize=(max(3.4, 1.9 * columns), 0.6 + 1.5 * rows))
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for panel in panels[len(table.tasks) :]:
@@ -414,10 +427,10 @@ def _curve(panel, table, task, method, style, full):
 # %% ../nbs/61_figures.ipynb #024d1cb5
 def plot_gates(
     table: ScoreTable,
-    method: str = "ept",
+    method: str | None = None,  # None is the proposed one
 ) -> Figure | None:  # None where no run has gates
     "Gate weights of a method on every task, in the first seed's run."
-    runs = table.runs[table.runs["method"] == method].to_dict("records")
+    runs = table.runs[table.runs["method"] == (method or table.proposed)].to_dict("records")
     gates = {}
     for run in runs:
         if isinstance(run.get("gate_weights"), list):
@@ -427,7 +440,7 @@ def plot_gates(
     tokens, spaces = max(g.shape[0] for g in gates.values()), max(g.shape[1] for g in gates.values())
     low, high, middle = min(map(np.min, gates.values())), max(map(np.max, gates.values())), 1 / spaces
     norm = mpl.colors.TwoSlopeNorm(middle, min(low, middle - 0.01), max(high, middle + 0.01))
-    with mpl.rc_context({**STYLE, "axes.grid": False}):
+    with drawing(**{"axes.grid": False}):
         figure = Figure(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
         panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True).ravel()
         for panel, (task, weights) in zip(panels, gates.items()):

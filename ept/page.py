@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
-from .results import LABELS, SIZES, ScoreTable
+from .results import SIZES, ScoreTable, label
 from .files import write_atomic
 from .statistics import DRAWS
-from .tables import comparison_table, conditions, frames, overall_table, rates_table, score_table, turned_table, ungrouped
+from .tables import comparison_table, conditions, frames, overall_table, ranked, rates_table, score_table, timing, turned_table, ungrouped
 
 # %% ../nbs/62_page.ipynb #232dd2c4
 def _points(found):
@@ -46,15 +46,21 @@ def _leader(table):
     found = table.difference(first, second, table.common)
     text = f"`{first}` has the highest mean score of {len(scores)} methods over {_many(len(table.common), 'task')}, {scores.iloc[0]:.1f}; next is `{second}` with {scores.iloc[1]:.1f}, a difference of {_points(found)}."
     text += "" if found.verdict == "win" else " The interval is wider than the gap: which of the two leads is open."
-    if "ept" in scores and "ept" not in (first, second):
-        text += f" `ept` is number {list(scores.index).index('ept') + 1} with {scores['ept']:.1f}."
+    own = table.proposed
+    if own in scores and own not in (first, second):
+        text += f" `{own}` is number {list(scores.index).index(own) + 1} with {scores[own]:.1f}."
     return text
+
+
+def _compared(table):
+    "The proposed method against each comparison method."
+    found = table.compare()
+    return found[found["role"] == "comparison"] if len(found) else found
 
 
 def _tested(table):
     "How many comparisons stand after correction."
-    found = table.compare() if "ept" in table.methods else []
-    found = found[found["kind"] == "comparison"] if len(found) else []
+    own, found = table.proposed, _compared(table)
     if not len(found):
         return ""
     sure = lambda name, sign: int(((found[name] < 0.05) & (sign * found["difference"] > 0)).sum())
@@ -62,34 +68,35 @@ def _tested(table):
     others = f"the {many} comparison methods" if many > 1 else f"`{found['method'].iloc[0]}`"
     if many == 1:
         row, stands = found.iloc[0], lambda p: "cannot be tested" if math.isnan(p) else f"{'counts' if p < 0.05 else 'does not count'} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
-        return (f"Against {others}, `ept` is at {row['difference']:+.1f} points. The difference {stands(row['bootstrap_holm'])} in the bootstrap over test examples "
+        return (f"Against {others}, `{own}` is at {row['difference']:+.1f} points. The difference {stands(row['bootstrap_holm'])} in the bootstrap over test examples "
                 f"and {stands(row['wilcoxon_tasks_holm'])} in Wilcoxon's test over tasks. "
                 f"Task by task: {_many(row['wins'], 'win')}, {_many(row['ties'], 'tie')}, {_losses(row['losses'])}.")  # fmt: skip
-    return (f"Against {others}, `ept` is ahead of {sure('bootstrap_holm', 1)} and behind {sure('bootstrap_holm', -1)} in the bootstrap over test examples, "
+    return (f"Against {others}, `{own}` is ahead of {sure('bootstrap_holm', 1)} and behind {sure('bootstrap_holm', -1)} in the bootstrap over test examples, "
             f"ahead of {sure('wilcoxon_tasks_holm', 1)} and behind {sure('wilcoxon_tasks_holm', -1)} in Wilcoxon's test over tasks (5 % level, Holm's correction); the rest is open. "
             f"Task by task: {_many(found['wins'].sum(), 'win')}, {_many(found['ties'].sum(), 'tie')}, {_losses(found['losses'].sum())}.")  # fmt: skip
 
 
 def _improvement(table):
     "The relative improvement, as the abstract counts it."
-    found = table.compare() if "ept" in table.methods else []
-    found = found[(found["kind"] == "comparison") & found["relative"].notna()] if len(found) else []
+    found = _compared(table)
+    found = found[found["relative"].notna()] if len(found) else found
     if not len(found):
         return ""
     top = found.loc[found["relative"].idxmax()]
     mean = f" {found['relative'].mean():+.1f} % on the average over {len(found)} methods," if len(found) > 1 else ""
     most = f" {top['relative']:+.1f} % {'at most, ' if len(found) > 1 else ''}against `{top['method']}`"
-    return f"Relative to the mean score of the others, `ept` is at{mean}{most}. The paper's abstract says: up to 12.9 %."
+    return f"Relative to the mean score of the others, `{table.proposed}` is at{mean}{most}. The paper's abstract says: up to 12.9 %."
 
 # %% ../nbs/62_page.ipynb #6ff53369
 def _consistency(table):
     "The worst gap and the spread of ranks."
     found = table.overall().dropna(subset="worst_gap").set_index("method")
-    if "ept" not in found.index or len(found) < 2:
+    name = table.proposed
+    if name not in found.index or len(found) < 2:
         return ""
-    own, steady = found.loc["ept"], found["worst_gap"].idxmin()
-    text = f"Consistency: at its worst `ept` is {own['worst_gap']:.1f} points behind the best method of a task ({own['worst_gap_task']}); " if own["worst_gap"] > 0 else "Consistency: on no task is `ept` behind the best method"
-    other = f"the smallest worst gap is that of `{steady}`, {found.loc[steady, 'worst_gap']:.1f}" if steady != "ept" else "no other has a smaller worst gap"
+    own, steady = found.loc[name], found["worst_gap"].idxmin()
+    text = f"Consistency: at its worst `{name}` is {own['worst_gap']:.1f} points behind the best method of a task ({own['worst_gap_task']}); " if own["worst_gap"] > 0 else f"Consistency: on no task is `{name}` behind the best method"
+    other = f"the smallest worst gap is that of `{steady}`, {found.loc[steady, 'worst_gap']:.1f}" if steady != name else "no other has a smaller worst gap"
     text += other if own["worst_gap"] > 0 else ""
     return text + f". Its mean rank is {own['rank']:.1f} of {len(found)}" + (f", with a standard deviation of {own['rank_deviation']:.1f} over tasks." if not math.isnan(own["rank_deviation"]) else ".")
 
@@ -97,10 +104,10 @@ def _consistency(table):
 def _duration(table):
     "Training time against prompt tuning."
     found = table.overall().set_index("method")
-    value = found["time_of_pt"].get("ept", math.nan)
+    value = found["time_of_pt"].get(table.proposed, math.nan)
     if math.isnan(value):
         return ""
-    return f"Training took `ept` {value:.2f} of the time of `pt` ({100 * (value - 1):+.0f} %; the abstract says −14 %), wall-clock on the machine of these runs."
+    return f"Training took `{table.proposed}` {value:.2f} of the time of `pt` ({100 * (value - 1):+.0f} %; the abstract says −14 %), wall-clock on the machine of these runs."
 
 
 def _doubts(table):
@@ -123,22 +130,23 @@ def _sizes(table):
     found = table.sweep.dropna(subset="score") if table.sweep is not None else []
     if not len(found):
         return ""
-    parts = []
+    parts, method = [], found["method"].iloc[0]
     for swept, rows in found.groupby("swept", sort=False):
         means, own = rows.groupby("value")["score"].mean(), rows.drop_duplicates(["task", "seed"])[["task", "seed"]]
-        usual = [r["score"] for r in table.runs.merge(own).to_dict("records") if r["method"] == "ept"]
+        usual = [r["score"] for r in table.runs.merge(own).to_dict("records") if r["method"] == method]
         grid = f", the grid's own at {np.mean(usual):.1f}" if usual and not np.isnan(usual).any() else ""
         parts.append(f"{SIZES[swept].split(',')[0]} from {means.index.min()} to {means.index.max()}, mean scores between {means.min():.1f} ({SIZES[swept].split(',')[0]} = {means.idxmin()}) and {means.max():.1f} ({means.idxmax()}){grid}")
     gone = int(table.sweep["score"].isna().sum())
     rest = f" {_many(gone, 'run')} of the sweep {'is' if gone == 1 else 'are'} missing." if gone else ""
-    return f"Sizes of `ept`, on {', '.join(found['task'].unique())}: {'; '.join(parts)}.{rest}"
+    return f"Sizes of `{method}`, on {', '.join(found['task'].unique())}: {'; '.join(parts)}.{rest}"
 
 
 def findings(
     table: ScoreTable,
 ) -> list[str]:  # sentences, names of methods in backticks
     "What the numbers say, in words."
-    first = ["This profile proves the machinery: tiny backbone, made-up data. Nothing below says anything about English."] if table.profile.profile in LABELS else []
+    made_up, tiny = table.profile.data.source == "embedded", table.profile.backbone.name == "embedded"
+    first = [f"This profile proves the machinery: {'tiny backbone, ' if tiny else ''}made-up data. Nothing below says anything about English."] if made_up else []
     texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _sizes, _doubts) if (text := question(table))]
     return first + [re.sub(r"(?<![\w-])-(?=\d)", "−", text) for text in texts]
 
@@ -163,7 +171,8 @@ def protocol(
          "Where every draw gives the same accuracy, Wilson's interval. The deviation over seeds is another doubt and stands beside it."),
         ("Tests", "Two-sided. Paired bootstrap over test examples; Wilcoxon's signed-rank test over tasks and seeds and over tasks. Holm's correction within comparison methods, ablations and reference. "
          "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."),
-        ("Ranks", "Among ept and the comparison methods, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
+        ("Times", timing(table) + " When a run is made again and nothing but its time is new, the first time stays. Times relative to pt are of runs on the same kind of machine."),
+        ("Ranks", f"Among {ranked(table)}, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
         ("Missing", "A missing run is counted and left out; means and ranks are over the tasks that all methods have, differences over the tasks and seeds that two methods share."),
     ]  # fmt: skip
     if loose := ungrouped(table):
@@ -209,19 +218,19 @@ dl {{ display: grid; grid-template-columns: max-content 1fr; gap: .4rem 1.2rem; 
 MANY = 6  # methods; with more the table has methods as rows
 FIGURES = {
     "scores": ("Intervals, task by task", "Mean over seeds with a 95 % bootstrap interval over test examples; small ticks are single seeds. The dashed line is the majority score. Hollow: the same answer to every example.", plot_scores),
-    "comparison": ("EPT against each method", "Paired differences: both methods on the same test examples.", plot_comparison),
+    "comparison": ("{proposed} against each method", "Paired differences: both methods on the same test examples.", plot_comparison),
     "ranks": ("Ranks", "Small ticks are ranks on single tasks. Methods closer than the critical difference cannot be told apart by ranks alone.", plot_ranks),
     "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters),
     "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time),
-    "ablations": ("Ablations", "What EPT loses where one part is taken away, task by task.", plot_ablations),
+    "ablations": ("Ablations", "What {proposed} loses where one part is taken away, task by task.", plot_ablations),
     "sweep": ("Sizes", "A thin line a task, the thick one their mean; the ring is the grid's own size. Where m or K is moved, r takes what is left of the budget; where r is moved, the rest of the budget is not used.", plot_sweep),
     "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves),
-    "gates": ("Gate weights", "How much each space counts for each prompt token of ept, task by task (first seed): light is little, dark is much.", plot_gates),
+    "gates": ("Gate weights", "How much each space counts for each prompt token of {proposed}, task by task (first seed): light is little, dark is much.", plot_gates),
 }
 ABSENT = {
-    "comparison": "the grid has no second method beside ept", "ranks": "it takes two comparable methods with results on one task", "parameters": "it takes two methods that train something",
-    "time": "it takes two methods whose training was timed", "ablations": "the grid has no ablation of ept", "sweep": "no sweep over m, r and K has been run",
-    "curves": "nothing was trained", "gates": "no run of ept has a gate",
+    "comparison": "there is no second method beside the proposed one", "ranks": "it takes two comparable methods with results on one task", "parameters": "it takes two methods that train something",
+    "time": "it takes two methods whose training was timed", "ablations": "there is no ablation of the proposed method", "sweep": "no sweep over m, r and K has been run",
+    "curves": "nothing was trained", "gates": "no run of the proposed method has a gate",
 }  # fmt: skip
 
 
@@ -238,11 +247,12 @@ def render(
     scores = score_table(table) if len(table.methods) <= MANY else turned_table(table, intervals=True)
     parts = [("Scores", scores), ("Methods", overall_table(table)), ("Comparisons", comparison_table(table)), ("Learning rates", rates_table(table))]
     tables = "".join(f"<h3>{title}</h3>\n{part.html()}\n" for title, part in parts if part)
-    figures = "".join(f'<h3>{FIGURES[n][0]}</h3>\n<figure role="img" aria-label="{html.escape(FIGURES[n][1])}">{svg}<figcaption>{html.escape(FIGURES[n][1])}</figcaption></figure>\n' for n, svg in svgs.items())
-    left_out = "".join(f"<li>{FIGURES[n][0]}: {html.escape(ABSENT[n])}.</li>" for n in ABSENT if n not in svgs)
+    about = {name: [html.escape(text.replace("{proposed}", table.proposed or "the proposed method")) for text in texts[:2]] for name, texts in FIGURES.items()}
+    figures = "".join(f'<h3>{about[n][0]}</h3>\n<figure role="img" aria-label="{about[n][1]}">{svg}<figcaption>{about[n][1]}</figcaption></figure>\n' for n, svg in svgs.items())
+    left_out = "".join(f"<li>{about[n][0]}: {html.escape(ABSENT[n])}.</li>" for n in ABSENT if n not in svgs)
     profile = table.profile
     return PAGE.format(
-        title=f"EPT: profile {html.escape(profile.profile)}", lead=html.escape(LABELS.get(profile.profile, f"{profile.backbone.name} on {profile.data.source} data")),
+        title=f"EPT: profile {html.escape(profile.profile)}", lead=html.escape(label(profile) if profile.data.source == "embedded" else f"{profile.backbone.name} on {profile.data.source} data"),
         findings="".join(f"<li>{_code(text)}</li>" for text in findings(table)), tables=tables, figures=figures,
         absent=f"<h3>Not drawn</h3>\n<ul>{left_out}</ul>" if left_out else "", protocol="".join(f"<dt>{a}</dt><dd>{_code(b)}</dd>" for a, b in protocol(table)),
     )  # fmt: skip

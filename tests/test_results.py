@@ -2,44 +2,53 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from scipy import stats
 
 from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
+from ept.methods import METHODS as REGISTRY
 from ept.metrics import score_task
 from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
-from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep
-from ept.results import ScoreTable, collect, collect_sweep, made_up
+from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
+from ept.records import make_record
+from ept.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
-from ept.tables import PUBLISHED, comparison_table, frames, overall_table, rates_table, score_table, turned_table
+from ept.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
 from ept.tasks import TASKS
 
+ROOT = Path(__file__).parents[1]
 METHODS = ("frozen", "pt", "ept")
 
 
 def profile(tasks=("cola", "cb"), methods=METHODS, seeds=(0,), name="small"):
     return Profile(
-        name, ".", "", BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)),
+        name, BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)),
         {}, {m: {} for m in methods}, {t: {} for t in tasks},
     )  # fmt: skip
 
 
-def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu"):
-    """A run that gets `right` of `n` examples right."""
+def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu", role=None):
+    """A run that gets `right` of `n` examples right, with its own measurement of costs."""
     task, _, seed = key.rsplit("-", 2)[0].split("-")[0], None, key.rsplit("-", 1)[1]
     method = key.removeprefix(f"{task}-").removesuffix(f"-{seed}")
     labels = np.arange(n) % 2
     predictions = np.zeros(n, dtype=int) if constant else np.where(np.arange(n) < right, labels, 1 - labels)
     score = float(weighted_scores(metric, predictions, labels, np.ones((1, n)))[0])
     record = {
-        "task": task, "method": method, "seed": int(seed), "metric": metric, "score": score, "majority_score": 50.0, "n": n,
-        "trainable_parameters": 0 if method == "frozen" else 6400, "chosen_step": 20, "metrics": {metric: {"value": score, "n": n}},
+        "task": task, "method": method, "role": role or REGISTRY[method].role, "seed": int(seed), "metric": metric, "score": score, "majority_score": 50.0, "n": n,
+        "trainable_parameters": 0 if (role or REGISTRY[method].role) == "reference" else 6400, "chosen_step": 20, "metrics": {metric: {"value": score, "n": n}},
         "history": {"step": [10, 20], "loss": [1.0, 0.5], "score": [score - 5, score]}, "gate_weights": gates, "backbone": {"revision": None},
         "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}},
     }  # fmt: skip
@@ -47,18 +56,43 @@ def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gat
     if groups is not None:
         table["group"] = groups
     paths = Paths(profile, root)
-    for kind, text in (
-        ("scores", json.dumps(record)),
-        ("costs", json.dumps({"train_seconds": seconds, "device": device, "precision": "float32"})),
-        ("predictions", table.to_csv(index_label="index")),
-    ):
+    for kind, text in (("scores", json.dumps(record)), ("predictions", table.to_csv(index_label="index"))):
         file = paths.record(kind, key)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+    measure(root, profile, key, seconds, work=f"{right} {n} {seconds} {device}", device=device)
+
+
+def measure(root, profile, key, seconds=10.0, work="some work", **more):
+    """What the train stage leaves in `runs/`."""
+    cost = {"train_seconds": seconds, "examples_per_second": 40.0, "tokens_per_second": 800.5, "peak_memory_bytes": 1000, "device": "cpu", "precision": "float32", "processor": "a processor", "work": work}
+    file = Paths(profile, root).cost(key)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(cost | more))
+    return file
 
 
 def read(profile, root):
+    publish_costs(profile, root)
     return ScoreTable(profile, collect(profile, root), collect_sweep(profile, root))
+
+
+# ---- roles ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_the_role_of_its_method_whatever_it_is_called(monkeypatch):
+    rows, saved = pd.DataFrame({"label": [0, 1, 1]}), {"trainable_parameters": 5, "adapter_bytes": 20, "chosen_step": 1, "code": None}
+    monkeypatch.setitem(REGISTRY, "novel", replace(REGISTRY["ept"], name="novel"))
+    backbone = SimpleNamespace(name="none", revision=None, family="none", model=torch.nn.Linear(1, 1))
+    for method, role in (("novel", "proposed"), ("ept", "proposed"), ("ept-one-space", "ablation"), ("dept", "comparison"), ("frozen", "reference")):
+        plan = profile(methods=(method,)).runs()[0]
+        assert make_record(plan, backbone, {"train": rows, "test": rows}, saved, {"matthews": 0.0, "accuracy": 50.0, "n": 3})["role"] == role
+
+
+def test_committed_records_hold_the_roles_of_their_methods():
+    for file in (*ROOT.glob("results/scores/*.json"), *ROOT.glob("profiles/*/results/scores/*.json")):
+        record = json.loads(file.read_text())
+        assert record["role"] == REGISTRY[record["method"]].role, file.name
 
 
 # ---- resampling -----------------------------------------------------------------------------------------------------------
@@ -358,6 +392,186 @@ def test_the_embedded_table_says_what_it_is_not(tmp_path):
     assert "made-up data" in findings(table)[0]
 
 
+@pytest.mark.parametrize("source", ["embedded", "benchmark"])
+def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_path):
+    """A copy under another name says the same true things: whether its data are made up, and published scores beside real rows."""
+    reports = {}
+    for name in ("embedded-full", "smollm2-methods", "a-copy"):
+        p = replace(profile(tasks=("cola", "cb"), name=name), data=DataChoice(source, "data" if source == "embedded" else None))
+        for key, right in (("cola-frozen-0", 50), ("cola-pt-0", 70), ("cola-ept-0", 95), ("cb-pt-0", 80), ("cb-ept-0", 84)):
+            write(tmp_path / name, p, key, right)
+        table = read(p, tmp_path / name)
+        write_report(table, tmp_path / name / "report")
+        texts = {f.name: f.read_text() for f in (tmp_path / name / "report").rglob("*") if f.is_file()}
+        texts |= {"findings": " ".join(findings(table)), "columns": " ".join(score_table(table).columns)}
+        reports[name] = {file: text.replace(name, "NAME") for file, text in texts.items()}
+    assert reports["embedded-full"] == reports["a-copy"] == reports["smollm2-methods"]
+    made_up_data, found = source == "embedded", reports["a-copy"]
+    for file in ("report.html", "table.md", "scores.tex"):
+        assert ("NAME: proves the machinery, says nothing about English" in found[file]) == made_up_data
+        assert ("63.79" in found[file]) != made_up_data
+    assert ("made-up data" in found["findings"]) == made_up_data and ("published" in found["columns"]) != made_up_data
+
+
+def test_a_method_under_another_name_keeps_its_role(tmp_path):
+    """Ranking, families of comparisons and sentences about the proposed method follow what the records say, not the name."""
+    names = {"frozen": "asis", "pt": "pt", "dept": "dept", "ept-no-fusion": "novel-no-fusion", "ept": "novel"}
+    found = []
+    for called in ({m: m for m in names}, names):
+        root = tmp_path / called["ept"]
+        p = replace(profile(methods=tuple(called.values())), sweep=Sweep())
+        for method, right in zip(names, (50, 70, 80, 75, 95)):
+            for task in ("cola", "cb"):
+                gates = [[0.4, 0.6], [0.5, 0.5]] if method == "ept" else None
+                write(root, p, f"{task}-{called[method]}-0", right, role=REGISTRY[method].role, constant=method == "frozen", gates=gates)
+        table = read(p, root)
+        drawn = write_report(table, root / "report")
+        compared, overall = table.compare(), table.overall()
+        text = "\n".join([*findings(table), (root / "report" / "table.md").read_text(), comparison_table(table).html()])
+        for new, old in {called["ept"]: "ept", called["frozen"]: "frozen"}.items():
+            text = re.sub(rf"(?<![\w-]){new}(?![\w])", old, text)
+        back = {new: old for old, new in called.items()}
+        found.append((text, [back[m] for m in table.contenders], compared["role"].tolist(), overall["role"].tolist(), list(drawn), list(frames(table))))
+    assert found[0] == found[1]
+    assert found[1][1:4] == (["pt", "dept", "ept"], ["reference", "comparison", "comparison", "ablation"], ["reference", "comparison", "comparison", "ablation", "proposed"])
+    assert {"ablations", "comparison", "gates"} <= set(found[1][4])
+
+
+def test_made_up_methods_have_the_roles_of_the_real_ones():
+    assert made_up(methods=tuple(REGISTRY), tasks=("cola",), seeds=(0,)).roles == {name: method.role for name, method in REGISTRY.items()}
+
+
+def test_a_method_without_records_has_no_role_and_is_in_no_ranking(filled):
+    p, root = filled
+    for task in ("cola", "cb"):
+        Paths(p, root).record("scores", f"{task}-ept-0").unlink()
+    table = read(p, root)
+    assert table.roles == {"frozen": "reference", "pt": "comparison", "ept": None} and table.proposed is None and table.contenders == ["pt"]
+    assert table.compare().empty and table.differences().empty and comparison_table(table) is None
+    assert "missing" in score_table(table).markdown() and write_report(table, root / "report")
+
+
+def test_a_record_that_says_no_role_or_another_is_refused(filled):
+    p, root = filled
+    file = Paths(p, root).record("scores", "cb-ept-0")
+    record = json.loads(file.read_text())
+    for role, text in ((None, "cb-ept-0.*no role.*evaluate"), ("comparison", "'ept'.*comparison and proposed.*evaluate")):
+        file.write_text(json.dumps({**{k: v for k, v in record.items() if k != "role"}, **({"role": role} if role else {})}))
+        with pytest.raises(ValueError, match=text):
+            read(p, root)
+
+
+def test_reports_know_no_list_of_methods():
+    """A report is made from records alone; nothing it is made of imports the methods, at any depth of a function."""
+    for module in ("statistics", "results", "tables", "figures", "page"):
+        assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (ROOT / "ept" / f"{module}.py").read_text()), module
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cost_of_the_same_work_stays_as_it_was_published(tmp_path):
+    p = profile(methods=("pt", "ept"))
+    measure(tmp_path, p, "cola-pt-0", 20.0004, "a"), measure(tmp_path, p, "cola-ept-0", 10.0, "b")
+    assert publish_costs(p, tmp_path) == ["cola-pt-0", "cola-ept-0"]
+    file = Paths(p, tmp_path).results / "costs.csv"
+    first, written = file.read_text(), file.stat().st_mtime_ns
+    assert first.splitlines() == [",".join(COSTS), "cola,pt,0,,20.0,40.0,800.5,1000,cpu,float32,a processor,a", "cola,ept,0,,10.0,40.0,800.5,1000,cpu,float32,a processor,b"]
+    measure(tmp_path, p, "cola-pt-0", 33.0, "a", processor="another"), measure(tmp_path, p, "cola-ept-0", 44.0, "b")
+    assert publish_costs(p, tmp_path) == [] and file.read_text() == first and file.stat().st_mtime_ns == written, "nothing is written where nothing is new"
+    measure(tmp_path, p, "cola-ept-0", 44.0, "other work")
+    assert publish_costs(p, tmp_path) == ["cola-ept-0"]
+    assert read_costs(p, tmp_path)["train_seconds"].to_dict() == {"cola-pt-0": "20.0", "cola-ept-0": "44.0"}
+    assert publish_costs(p, tmp_path, replace=True) == ["cola-pt-0", "cola-ept-0"]
+    assert read_costs(p, tmp_path).loc["cola-pt-0", ["train_seconds", "processor"]].tolist() == ["33.0", "another"]
+
+
+def test_a_cost_of_unknown_work_is_replaced_by_a_measurement_only(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"))
+    file = Paths(p, tmp_path).results / "costs.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(",".join(COSTS) + "\ncola,pt,0,,20.125,40,800,1000,cpu,float32,,\ncola,ept,0,,10.125,40,800,1000,cpu,float32,,\n")
+    before = file.read_text()
+    assert publish_costs(p, tmp_path) == [] and file.read_text() == before
+    measure(tmp_path, p, "cola-ept-0", 9.0, "b")
+    assert publish_costs(p, tmp_path) == ["cola-ept-0"] and publish_costs(p, tmp_path) == []
+    assert read_costs(p, tmp_path)[["train_seconds", "work"]].to_numpy().tolist() == [["20.125", ""], ["9.0", "b"]]
+
+
+def test_costs_stand_in_the_order_of_the_grid_then_of_the_sweep_and_no_others(tmp_path):
+    p = replace(profile(tasks=("cola", "cb"), methods=("pt", "ept"), seeds=(0, 1)), sweep=Sweep(("cola",), (1,), ("rank-5", "spaces-1")))
+    keys = [plan.key for plan in (*p.runs(), *p.sweep_runs())]
+    for key in reversed(keys):
+        measure(tmp_path, p, key)
+    measure(tmp_path, p, "rte-pt-0"), measure(tmp_path, p, "cola-ept-1-rank-7")
+    assert publish_costs(p, tmp_path) == keys == read_costs(p, tmp_path).index.tolist()
+    assert read_costs(p, tmp_path).loc["cola-ept-1-rank-5", ["method", "seed", "size"]].tolist() == ["ept", "1", "rank-5"]
+    smaller = replace(p, grid=replace(p.grid, tasks=("cola",), seeds=(1,)), sweep=Sweep())
+    assert publish_costs(smaller, tmp_path) == [] and read_costs(p, tmp_path).index.tolist() == ["cola-pt-1", "cola-ept-1"], "runs that are no longer there are dropped"
+
+
+def test_nothing_measured_is_an_empty_table(tmp_path):
+    """The report stage promises DVC a table."""
+    assert publish_costs(profile(), tmp_path) == [] and (Paths(profile(), tmp_path).results / "costs.csv").read_text() == ",".join(COSTS) + "\n"
+    assert read_costs(profile(), tmp_path).empty and publish_costs(profile(), tmp_path) == []
+
+
+def test_a_measurement_that_lacks_something_is_refused(tmp_path):
+    file = measure(tmp_path, profile(), "cola-pt-0")
+    file.write_text(file.read_text().replace('"work"', '"other"'))
+    with pytest.raises(ValueError, match=r"cola-pt-0.json has no work; train the run again .make reproduce."):
+        publish_costs(profile(), tmp_path)
+
+
+def test_a_report_takes_costs_from_the_published_table_only(filled):
+    p, root = filled
+    assert collect(p, root)["train_seconds"].max() == 0, "nothing is published yet, and `frozen` takes no time"
+    assert "No run that trains was timed" in score_table(ScoreTable(p, collect(p, root))).markdown()
+    assert read(p, root).runs["train_seconds"].notna().sum() == 5
+    for file in (Paths(p, root).runs / "costs").glob("*.json"):
+        file.unlink()
+    assert read(p, root).runs["train_seconds"].notna().sum() == 5, "another clone has the table and no measurements"
+
+
+def test_what_trains_nothing_needs_no_measurement(filled):
+    p, root = filled
+    Paths(p, root).cost("cola-frozen-0").unlink()
+    runs = read(p, root).runs.set_index(["task", "method"])["train_seconds"]
+    assert runs["cola", "frozen"] == 0 and math.isnan(runs["cb", "frozen"]), "the one is there, the other is missing"
+
+
+def test_a_report_says_what_its_times_were_measured_on(filled):
+    p, root = filled
+    assert "measured on: a processor (cpu, float32)." in score_table(read(p, root)).markdown()
+    for task in ("cola", "cb"):
+        measure(root, p, f"{task}-ept-0", 5.0, "again", processor="another, faster")
+    table = read(p, root)
+    assert "measured on: a processor (cpu, float32), 2 runs; another, faster (cpu, float32), 2 runs." in dict(protocol(table))["Times"]
+    assert math.isnan(table.overall().set_index("method")["time_of_pt"]["ept"]), "seconds of different processors are not compared"
+
+
+def test_other_seconds_for_the_same_work_change_no_file(filled):
+    """A run that is made again takes other seconds; everything that git keeps stays the same, byte for byte."""
+    p, root = filled
+    kept = []
+    for seconds in (None, 123.4):
+        for file in (Paths(p, root).runs / "costs").glob("*.json") if seconds else ():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"train_seconds": seconds, "tokens_per_second": 1.0, "peak_memory_bytes": 2}))
+        table = read(p, root)
+        write_report(table, Paths(p, root).report)
+        write_summary(table, Paths(p, root).results)
+        kept.append({file.relative_to(root): file.read_bytes() for file in (root / "results").rglob("*") if file.is_file()})
+    assert kept[0] == kept[1] and len(kept[0]) > 20
+
+
+@pytest.mark.parametrize("file", profile_files(ROOT).values(), ids=list(profile_files(ROOT)))
+def test_committed_costs_are_those_of_the_committed_records(file):
+    p = load_profile(file)
+    trained = [plan.key for plan in (*p.runs(), *p.sweep_runs()) if plan.method not in p.grid.references]
+    assert read_costs(p).index.tolist() == [key for key in trained if Paths(p).record("scores", key).exists()]
+    assert not (Paths(p).results / "costs").exists()
+
+
 # ---- comparisons ----------------------------------------------------------------------------------------------------------
 
 FULL = tuple(m for m in LOOKS)
@@ -370,8 +584,8 @@ def large():
 
 def test_comparisons_are_corrected_for_eleven(large):
     found = large.compare()
-    eleven = found[found["kind"] == "comparison"]
-    assert len(eleven) == 11 and set(found["kind"]) == {"comparison", "ablation", "reference"}
+    eleven = found[found["role"] == "comparison"]
+    assert len(eleven) == 11 and set(found["role"]) == {"comparison", "ablation", "reference"}
     for name in ("bootstrap", "wilcoxon", "wilcoxon_tasks"):
         np.testing.assert_allclose(eleven[f"{name}_holm"], holm(eleven[f"{name}_p"]))
         smallest = eleven[f"{name}_p"].min()
@@ -430,10 +644,10 @@ def test_small_and_broken_grids_have_a_report(size, tmp_path):
 # ---- tables ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["paper", "smollm2", "smollm2-methods", "embedded", "embedded-full", "made-up"])
-def test_published_scores_stand_apart_and_only_beside_real_ones(name):
-    table = made_up(tasks=("cola", "cb"), name=name)
-    part, beside = score_table(table), name in ("paper", "smollm2", "smollm2-methods")
+@pytest.mark.parametrize("source", ["embedded", "benchmark"])
+def test_published_scores_stand_apart_and_only_beside_real_ones(source):
+    table = made_up(tasks=("cola", "cb"), source=source)
+    part, beside = score_table(table), source == "benchmark"
     texts = (part.markdown(), part.html(), turned_table(table).latex(), turned_table(table, intervals=True).html())
     for text in texts:
         assert ("63.79" in text and "92.86" in text and "other setting" in text and "not measured here" in text) == beside
@@ -461,6 +675,35 @@ def test_every_number_is_in_csv(large):
     found = frames(large)
     assert len(found["scores"]) == 13 * 16 and len(found["overall"]) == 16 and len(found["comparison"]) == 15 and len(found["differences"]) == 13 * 15 - 1
     assert {"low", "high", "deviation", "missing", "near_floor", "best"} <= set(found["scores"])
+
+
+def test_the_summary_holds_the_scores_that_are_there(filled, tmp_path):
+    p, root = filled
+    found = summary(read(p, root))
+    assert found == {"frozen": {"cola": 50.0}, "pt": {"cola": 70.0, "cb": 80.0, "mean": 75.0}, "ept": {"cola": 95.0, "cb": 84.0, "mean": 89.5}}
+    assert [list(found), list(found["pt"])] == [["frozen", "pt", "ept"], ["cola", "cb", "mean"]], "the grid's order"
+    Paths(p, root).record("scores", "cola-frozen-0").unlink()
+    assert "frozen" not in summary(read(p, root))
+
+
+def test_curves_hold_the_steps_that_every_task_of_a_method_has(tmp_path):
+    p = profile(methods=("pt", "ept"), seeds=(0, 1))
+    for key, right in (("cola-pt-0", 60), ("cola-pt-1", 70), ("cb-pt-0", 80), ("cola-ept-0", 90), ("cb-ept-0", 50)):
+        write(tmp_path, p, key, right)
+    file = Paths(p, tmp_path).record("scores", "cb-ept-0")
+    file.write_text(file.read_text().replace('"score": [45.0, 50.0]', '"score": [null, 50.004]'))
+    found = curves(read(p, tmp_path))
+    assert found.to_numpy().tolist() == [["pt", 10, 67.5], ["pt", 20, 72.5], ["ept", 20, (90 + 50.004) / 2]], "step 10 of ept is missing on cb"
+    write_summary(read(p, tmp_path), tmp_path)
+    assert (tmp_path / "curves.csv").read_bytes() == b"method,step,score\npt,10,67.50\npt,20,72.50\nept,20,70.00\n"
+    frozen = made_up(methods=("frozen",))
+    write_summary(frozen, tmp_path)
+    assert (tmp_path / "curves.csv").read_text() == "method,step,score\n" and list(json.loads((tmp_path / "summary.json").read_text())) == ["frozen"]
+
+
+def test_the_same_results_give_the_same_summary(filled, tmp_path):
+    files = [[file.read_bytes() for file in write_summary(read(*filled), tmp_path / name)] for name in ("one", "two")]
+    assert files[0] == files[1] and len(files[0]) == 2
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------------
@@ -513,6 +756,30 @@ def test_the_same_results_give_the_same_files(filled, tmp_path):
         files.append({p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*") if p.is_file()})
     assert files[0] == files[1]
     assert {"report.html", "table.md", "table.csv", "tables/scores.tex", "tables/comparison.csv"} <= {str(p) for p in files[0]}
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from ept.page import FIGURES, write_report
+from ept.results import made_up
+from ept.tables import write_summary
+table = made_up(methods=("frozen", "pt", "dept", "ept-no-fusion", "ept"), tasks=("cola", "multirc", "stsb"))
+assert set(write_report(table, Path(sys.argv[1]) / "report")) == set(FIGURES)
+write_summary(table, sys.argv[1])
+"""
+
+
+def test_another_process_gives_the_same_files(tmp_path):
+    """With another order of sets, another user's settings of matplotlib, another number of threads, in another place on earth."""
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "matplotlibrc").write_text("font.size: 15\nfont.family: serif\nsvg.fonttype: none\nlines.solid_capstyle: round\nfigure.dpi: 200\naxes.labelpad: 9\n")
+    ways = {"one": {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "TZ": "UTC"}, "two": {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path / "settings")}}
+    files = []
+    for name, way in ways.items():
+        subprocess.run([sys.executable, "-c", WRITE, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT), **way})
+        files.append({f.relative_to(tmp_path / name): f.read_bytes() for f in (tmp_path / name).rglob("*") if f.is_file()})
+    assert [name for name in files[0] if files[0][name] != files[1].get(name)] == [] and set(files[0]) == set(files[1])
 
 
 def test_a_figure_without_content_is_left_out_and_the_page_says_why(tmp_path):
