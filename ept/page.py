@@ -145,8 +145,7 @@ def findings(
     table: ScoreTable,
 ) -> list[str]:  # sentences, names of methods in backticks
     "What the numbers say, in words."
-    made_up, tiny = table.profile.data.source == "embedded", table.profile.backbone.name == "embedded"
-    first = [f"This profile proves the machinery: {'tiny backbone, ' if tiny else ''}made-up data. Nothing below says anything about English."] if made_up else []
+    first = ["This profile proves the machinery: made-up data. Nothing below says anything about English."] if table.profile.data.source == "embedded" else []
     texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _sizes, _doubts) if (text := question(table))]
     return first + [re.sub(r"(?<![\w-])-(?=\d)", "−", text) for text in texts]
 

@@ -17,7 +17,6 @@ from .backbone import fingerprint
 from .evaluation import evaluate
 from .files import write_atomic
 from .fingerprints import code_version
-from .methods import get_method
 from .metrics import majority_score
 from .model import EPTModel
 from .preparation import read_rows
@@ -61,7 +60,7 @@ def make_record(
     number = {m: metrics["n_groups"] if m == "exact_match" else metrics["n"] for m in task.metrics}
     return {
         "format_version": 2,
-        "task": plan.task, "method": plan.method, "role": get_method(plan.method).role, "seed": plan.seed, "profile": plan.profile.profile,
+        "task": plan.task, "method": plan.method, "role": saved["role"], "seed": plan.seed, "profile": plan.profile.profile,
         "backbone": {"name": backbone.name, "revision": backbone.revision, "family": backbone.family, "fingerprint": fingerprint(backbone.model)},
         "metric": task.score,
         "score": round(metrics[task.score], 4),

@@ -8,7 +8,7 @@ __all__ = ['evaluate_reference']
 # %% ../nbs/52a_references.ipynb #84a114a2
 from .configuration import resolve
 from .evaluation import evaluate
-from .methods import build_method
+from .methods import build_method, get_method
 from .preparation import read_rows
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
@@ -24,5 +24,5 @@ def evaluate_reference(
     model = build_method(plan.method, backbone.model, backbone.tokenizer, **sizes)
     text = {"max_length": model.prompt_config.max_length, "verbalizer": training.verbalizer}
     found = evaluate(model, plan.task, backbone, data, split="test", **text)
-    saved = text | {"trainable_parameters": model.num_trainable_parameters(), "adapter_bytes": 0, "chosen_step": 0, "code": None}
+    saved = text | {"role": get_method(plan.method).role, "trainable_parameters": model.num_trainable_parameters(), "adapter_bytes": 0, "chosen_step": 0, "code": None}
     return write_result(plan, make_record(plan, backbone, data, saved, found.metrics), found, data)

@@ -316,6 +316,7 @@ class _Job:
         return {
             "task": self.task.name,
             "method": self.method.name,
+            "role": self.method.role,
             "seed": self.seed,
             "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
             "training": asdict(self.training),

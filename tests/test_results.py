@@ -9,12 +9,10 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from scipy import stats
 
 from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
@@ -22,7 +20,6 @@ from ept.methods import METHODS as REGISTRY
 from ept.metrics import score_task
 from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
 from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
-from ept.records import make_record
 from ept.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
 from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from ept.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
@@ -78,15 +75,6 @@ def read(profile, root):
 
 
 # ---- roles ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_record_holds_the_role_of_its_method_whatever_it_is_called(monkeypatch):
-    rows, saved = pd.DataFrame({"label": [0, 1, 1]}), {"trainable_parameters": 5, "adapter_bytes": 20, "chosen_step": 1, "code": None}
-    monkeypatch.setitem(REGISTRY, "novel", replace(REGISTRY["ept"], name="novel"))
-    backbone = SimpleNamespace(name="none", revision=None, family="none", model=torch.nn.Linear(1, 1))
-    for method, role in (("novel", "proposed"), ("ept", "proposed"), ("ept-one-space", "ablation"), ("dept", "comparison"), ("frozen", "reference")):
-        plan = profile(methods=(method,)).runs()[0]
-        assert make_record(plan, backbone, {"train": rows, "test": rows}, saved, {"matthews": 0.0, "accuracy": 50.0, "n": 3})["role"] == role
 
 
 def test_committed_records_hold_the_roles_of_their_methods():

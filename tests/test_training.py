@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -151,6 +152,13 @@ def test_fine_tuning_of_a_bfloat16_backbone_is_float32(data, tmp_path):
     assert run.cost["precision"] == "float32"
     assert {t.dtype for t in load_file(run.adapter_dir / "adapter_model.safetensors").values()} == {torch.float32}
     assert evaluate(run.adapter_dir, TASK, backbone, data, split="validation").metrics["accuracy"] == pytest.approx(run.validation_score)
+
+
+def test_what_is_trained_remembers_the_role_of_its_method_whatever_it_is_called(backbone, data, tmp_path):
+    for method in (replace(METHODS["ept"], name="novel"), METHODS["ept-one-space"], METHODS["dept"]):
+        run = train(TASK, method, 0, backbone, data, tmp_path / method.name, training=CONFIG, sizes=SIZES, progress=False)
+        saved = json.loads((run.adapter_dir / "training.json").read_text())
+        assert (saved["method"], saved["role"]) == (method.name, method.role)
 
 
 class Stopped(Exception):
