@@ -250,6 +250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ept.pretraining.PretrainingConfig.__post_init__': ( 'pretraining.html#pretrainingconfig.__post_init__',
                                                                                       'ept/pretraining.py'),
                                  'ept.pretraining._answer': ('pretraining.html#_answer', 'ept/pretraining.py'),
+                                 'ept.pretraining._evaluation_texts': ('pretraining.html#_evaluation_texts', 'ept/pretraining.py'),
                                  'ept.pretraining._half_precision': ('pretraining.html#_half_precision', 'ept/pretraining.py'),
                                  'ept.pretraining._optimizers': ('pretraining.html#_optimizers', 'ept/pretraining.py'),
                                  'ept.pretraining._padded': ('pretraining.html#_padded', 'ept/pretraining.py'),
