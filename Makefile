@@ -57,10 +57,10 @@ bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1:
 
 test: $(READY)  ## every notebook of the library, then every test
 	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-quick: $(READY)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
 export: $(READY)  ## notebooks -> ept/, notebooks without outputs, and the fingerprints of the code
 	$(BIN)/nbdev-clean

@@ -1,6 +1,6 @@
 """What DVC itself costs for a grid of trivial commands: `python bench/dvc_grid.py`, 13 tasks x 12 methods x 3 seeds.
 
-A repository is made in a temporary folder in the layout of this one (a dvc.yaml for each task that is a link to one file), every
+A repository is made in a temporary folder in the layout of this one (a dvc.yaml for each task), every
 stage's command is an `echo`, and one `dvc repro` runs it. `--flat` puts all stages into one file, to compare.
 """
 
@@ -18,7 +18,7 @@ MATRIX = {"method": "${grid.methods}", "seed": "${grid.seeds}"}
 
 
 def stages(task, matrix, wdir):
-    "Training and evaluation as in tasks/pipeline.yaml, but for what they do."
+    "Training and evaluation as in tasks/<task>/dvc.yaml, but for what they do."
     key = f"{task}-${{item.method}}-${{item.seed}}"
     trained, scored = f"runs/adapters/{key}", f"results/scores/{key}"
     common = {"matrix": matrix, "wdir": wdir}
@@ -39,12 +39,9 @@ def make(root, tasks, methods, seeds, flat):
     own = stages("${item.task}", {"task": "${grid.tasks}", **MATRIX}, ".") if flat else {}
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": {**own, "report": report}}))
     if not flat:
-        (root / "tasks").mkdir()
-        (root / "tasks" / "pipeline.yaml").write_text(yaml.safe_dump({"vars": ["../../params.yaml"], "stages": stages("${task}", MATRIX, "../..")}))
         for task in tasks:
-            (root / "tasks" / task).mkdir()
-            (root / "tasks" / task / "params.yaml").write_text(f"task: {task}\n")
-            (root / "tasks" / task / "dvc.yaml").symlink_to("../pipeline.yaml")
+            (root / "tasks" / task).mkdir(parents=True)
+            (root / "tasks" / task / "dvc.yaml").write_text(yaml.safe_dump({"vars": ["../../params.yaml"], "stages": stages(task, MATRIX, "../..")}))
 
 
 def main():

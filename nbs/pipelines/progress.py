@@ -8,6 +8,7 @@ left out.
 """
 
 import json
+import os
 import re
 import subprocess
 import threading
@@ -17,12 +18,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn
 
-BEGIN = re.compile(r"Running stage '(?:[\w./-]*:)?([\w-]+)(?:@([\w.-]+))?'")
-SKIP = re.compile(r"Stage '(?:tasks/([\w.-]+)/)?(?:dvc\.yaml:)?([\w-]+)(?:@([\w.-]+))?' didn't change, skipping")
+STAGE = r"tage '(?:tasks/([\w.-]+)/)?(?:dvc\.yaml:)?([\w-]+)(?:@([\w.-]+))?'"  # task, kind of stage, the rest of its name
+BEGIN, SKIP = re.compile(f"Running s{STAGE}"), re.compile(f"S{STAGE} didn't change, skipping")
 STEP = re.compile(r"\|\s*(\d+)/(\d+) \[")
 DONE = re.compile(r"^(evaluate|reference|sweep) ([\w.-]+) .*: [\d.]+ s, see .*?/(?:evaluate|reference|sweep)-([\w.-]+)\.ipynb")
 FAIL = re.compile(r"^(?:ERROR|error): (.+)")
-TRAINED = ("evaluate", "reference")  # the stages that end a run
+LAST = ("evaluate", "reference", "sweep")  # the stages that end a run
 
 
 def duration(seconds):
@@ -36,8 +37,9 @@ class Progress:
     def __init__(self, profile, console=None):
         self.profile, self.folder = profile, profile.file.parent
         self.runs = {run.key: run for run in (*profile.runs(), *profile.sweep_runs())}
+        self.keys = {f"{run.task}-{run.size}-{run.seed}": run.key for run in profile.sweep_runs()}  # as their notebooks are called
         self.console, self.lock = console or Console(highlight=False, soft_wrap=True), threading.Lock()
-        self.begun, self.done, self.skipped, self.starts = time.monotonic(), 0, 0, {}
+        self.begun, self.done, self.skipped, self.starts, self.trained = time.monotonic(), 0, 0, {}, set()
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
         self.bars = Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.whole, self.jobs = self.bars.add_task(profile.profile, total=len(self.runs), left=""), {}
@@ -77,16 +79,21 @@ class Progress:
         "Understand one line of a job."
         job = self.jobs[name]
         if found := BEGIN.search(line):
-            stage, key = found[1], re.search(r"tasks/([\w.-]+)/", line)
-            task = f" {key[1]}" if key else ""
+            task, stage, rest = found.groups()
             if not stage.startswith("search"):
                 self.starts.setdefault(name, time.monotonic())
-            self.bars.update(job, description=f"{stage}{task} {found[2] or ''}".strip(), completed=0, total=None, visible=True)
+            if stage.startswith("train"):
+                self.trained.add(f"{task}-{rest}")
+            self.bars.update(job, description=" ".join(filter(None, (stage, task, rest))), completed=0, total=None, visible=True)
         elif found := SKIP.search(line):
-            self.skipped += found[2].removesuffix("-transfer") in TRAINED or found[2] == "sweep"
-            self.bars.update(self.whole, completed=self.done + self.skipped)
+            task, stage, rest = found.groups()
+            if f"{task}-{rest}" in self.trained and stage.startswith("evaluate"):  # trained to the same bits: the score stands
+                self._finished(name, f"{task}-{rest}")
+            elif stage.startswith(LAST):
+                self.skipped += 1
+                self.bars.update(self.whole, completed=self.done + self.skipped)
         elif found := DONE.search(line):
-            self._finished(name, found[3])
+            self._finished(name, self.keys.get(found[3], found[3]))
         elif found := FAIL.search(line):
             self.say(f"{name}: {found[1]} (see {self._relative(f'runs/logs/{name}.log')})")
         elif found := STEP.search(line):
@@ -119,8 +126,8 @@ class Progress:
         self.say(f"look at {self._relative('results/report/report.html')}")
 
     def _relative(self, path):
-        "A path below the profile's folder as it is called from the repository's root."
-        return (self.folder / path).relative_to(Path(__file__).resolve().parents[2])
+        "A path below the profile's folder, seen from the working folder."
+        return os.path.relpath(self.folder / path)
 
     def committed(self):
         "How many scores equal those of the last commit, and how many there are to compare with."

@@ -8,6 +8,7 @@ over everything once more. What the stages print goes to runs/logs; on the termi
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC = [sys.executable, "-m", "dvc"]
+ROUNDS = ("sources", "runs", "sweep")  # see `targets`; they name the jobs and their logs
 
 
 def targets(profile):
@@ -89,7 +91,7 @@ def run_grid(profile, jobs, environment, progress):
         failed = run(("prepare", "--single-item", *first))
         for number, blocks in enumerate(() if failed else rounds):
             shares = [sum((stages for i, stages in blocks if i % jobs == job), []) for job in range(jobs)]
-            failed = failed or run(*((f"job-{job + 1}", "--single-item", *stages) for job, stages in enumerate(shares) if stages))
+            failed = failed or run(*((f"{ROUNDS[number]}-{job + 1}", "--single-item", *stages) for job, stages in enumerate(shares) if stages))
         if not failed and not run(("report", "--single-item", "report")):
             return 0
     progress.say("a job has failed; an ordinary pass finishes the rest")
@@ -121,6 +123,7 @@ def main(arguments=None):
     missing = [name for name in (profile.data.folder, profile.backbone.folder) if name and not (ROOT / name).exists()]
     if missing and (failed := subprocess.run([*DVC, "pull", "-q", *(f"{name}.dvc" for name in missing)], cwd=ROOT, env=environment).returncode):
         return failed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this process ends its jobs
     with Progress(profile) as progress:
         try:
             status = run_grid(profile, chosen.jobs, environment, progress)
