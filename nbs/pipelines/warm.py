@@ -2,7 +2,8 @@
 
 Importing PyTorch, transformers and the rest takes 3 to 5 seconds, and the embedded grid has 130 stages that then work for two
 or less. `make reproduce` starts this process, and each stage's `run.py` hands over its arguments, its folder and its terminal,
-and waits for the exit status. The library itself is not imported here: a worker imports it as it is on the disk.
+and waits for the exit status. The library itself is not imported here but for its fingerprints: a worker imports it as it is on the
+disk.
 
 A worker lives no longer than the `run.py` that asked for it, and this process no longer than the one that started it.
 """
@@ -113,6 +114,11 @@ def _import():
     import sklearn.metrics  # noqa: F401
     import torch  # noqa: F401
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration, Trainer  # noqa: F401
+
+    from ept.fingerprints import code_version
+
+    for module in ("ept.training", "ept.evaluation"):  # a file that changes later is read again
+        code_version(module)
 
 
 if __name__ == "__main__":
