@@ -1,0 +1,202 @@
+"""Runs of the pipeline: searches, sources, sweeps beside them; runs that are killed and go on.
+
+All of it in a miniature of the repository, see miniature.py.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.miniature import PARAMETERS, TASKS, Clone
+
+# ---- learning rates and sources -----------------------------------------------------------------------------------------
+
+WITH_TRANSFER = {
+    **PARAMETERS,
+    "grid": {"references": ["frozen"], "methods": ["pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]},
+    "search": {"factors": [0.5, 1, 2], "steps": 2, "seed": 0},
+    "methods": {"frozen": {}, "pt": {}, "spot": {}},
+}  # fmt: skip
+
+
+def search(clone, key):
+    return json.loads((clone.root / f"results/search/{key}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A miniature with a search and with a method that starts from other tasks, whose whole grid has been run."""
+    clone = Clone(tmp_path_factory.mktemp("pipeline") / "clone")
+    clone.write(WITH_TRANSFER)
+    clone.first = clone.order()
+    return clone
+
+
+@pytest.fixture(scope="module")
+def transfers(clone):
+    """The stages of the grid, in their order."""
+    return clone.first
+
+
+@pytest.mark.slow
+def test_sources_are_trained_once_and_first(clone, transfers):
+    assert len(transfers) == len(set(transfers)), "nothing is run twice"
+    kept, starts = {f"source@{t}-0" for t in TASKS}, {f"{t}:search-transfer@spot" for t in TASKS}
+    assert kept | starts | {f"{t}:{s}-transfer@spot-0" for t in TASKS for s in ("train", "evaluate")} <= set(transfers)
+    at = transfers.index
+    assert max(at(s) for s in kept) < min(at(s) for s in starts)
+    for task in TASKS:
+        assert f"{task}:train@pt-0" not in transfers or at(f"{task}:train@pt-0") < at(f"source@{task}-0")
+        assert at(f"{task}:search-transfer@spot") < at(f"{task}:train-transfer@spot-0")
+    for task, other in (TASKS, TASKS[::-1]):
+        record = json.loads((clone.root / f"results/scores/{task}-spot-0.json").read_text())
+        assert list(record["config"]["source_prompts"]) == [other]
+        kept = clone.files(f"runs/sources/0/{other}")
+        assert set(kept) == {"adapter_config.json", "adapter_model.safetensors"}
+        assert all(clone.files(f"runs/adapters/{other}-pt-0")[name] == content for name, content in kept.items())
+
+
+@pytest.mark.slow
+def test_the_search_is_written_down_and_used(clone, transfers):
+    for task in TASKS:
+        for method in ("pt", "spot"):
+            found = search(clone, f"{task}-{method}")
+            scores = {t["factor"]: t["validation_score"] for t in found["tried"]}
+            assert list(scores) == [0.5, 1.0, 2.0] and scores[found["factor"]] == max(scores.values())
+            config = json.loads((clone.root / f"results/scores/{task}-{method}-0.json").read_text())["config"]
+            assert config["search"] == {"factor": found["factor"], "factors": [0.5, 1.0, 2.0]}
+            assert config["training"]["learning_rate"] == 0.3 * found["factor"] and config["training"]["steps"] == 4
+        assert not (clone.root / f"results/search/{task}-frozen.json").exists(), "nothing is trained, so nothing is tried"
+
+
+@pytest.mark.slow
+def test_a_second_time_searches_and_transfers_nothing(clone, transfers):
+    assert clone.reproduce(jobs=1) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("poison", [b"this is no parquet file", None], ids=["poisoned", "missing"])
+def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
+    test, record = clone.root / "runs/data/cb/test.parquet", clone.root / "results/search/cb-pt.json"
+    kept, before = test.read_bytes(), record.read_bytes()
+    record.unlink()
+    try:
+        test.unlink() if poison is None else test.write_bytes(poison)
+        clone.run("search", "--task", "cb", "--method", "pt")
+    finally:
+        test.write_bytes(kept)
+    assert record.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
+    """The rate of one source task: everything on that task, and of the other task only what starts from it."""
+    clone.write({**WITH_TRANSFER, "tasks": {"cola": {}, "cb": {"learning_rate": 0.2}}})
+    ran = clone.order()
+    on_cola = sorted(stage for stage in set(ran) if stage.startswith("cola:"))
+    assert on_cola[-2:] == ["cola:search-transfer@spot", "cola:train-transfer@spot-0"] and set(on_cola[:-2]) <= {"cola:evaluate-transfer@spot-0"}
+    assert {"source@cb-0", "cb:search@pt", "cb:train@pt-0", "cb:search-transfer@spot", "cb:train-transfer@spot-0"} <= set(ran)
+    assert "source@cola-0" not in ran and ran.index("source@cb-0") < ran.index("cola:train-transfer@spot-0")
+    assert clone.reproduce(jobs=1) == []
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
+def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transfers):
+    clone.write({**WITH_TRANSFER, "grid": {"methods": ["pt", "spot"], "seeds": [0]}})
+    answer = clone.run("train", "--task", "cb", "--method", "spot", fails=True)
+    assert "method 'spot' starts from prompts of other tasks; list it in grid.transfer" in answer
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
+def test_training_without_a_search_says_what_to_do(clone, transfers):
+    clone.write({**WITH_TRANSFER, "methods": {**WITH_TRANSFER["methods"], "bitfit": {}}})
+    assert "run the search stage of cb-bitfit first" in clone.run("train", "--task", "cb", "--method", "bitfit", fails=True)
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
+def test_wrong_parameters_stop_before_anything_trains(clone):
+    clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "learning_rat": 0.1}})
+    before = clone.files("runs/adapters")
+    assert "did you mean 'learning_rate'?" in clone.run("train", "--task", "cb", "--method", "pt", fails=True)
+    assert clone.files("runs/adapters") == before
+    assert "error" in (clone.root / "runs/notebooks/train-cb-pt-0.ipynb").read_text()
+    clone.write(PARAMETERS)
+
+
+# ---- killed runs --------------------------------------------------------------------------------------------------------
+
+
+def kill_in_training(clone, key, step, command):
+    """Start a command, kill everything it has started once a checkpoint of `step` is whole; the checkpoints that are left."""
+    process = subprocess.Popen([sys.executable, *command], cwd=clone.root, env=clone.environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = clone.root / "runs" / "checkpoints" / key
+    deadline = time.monotonic() + 180
+    while not list(folder.glob(f"checkpoint-{step}/whole.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return sorted(p.name for p in folder.glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["pt", "ept"])
+def test_a_killed_run_ends_with_the_same_bits(clone, method):
+    """SIGKILL in the middle of training, under DVC; the next `dvc repro` finishes, adapter and metrics as if nothing had been."""
+    key = f"cola-{method}-0"
+    clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "steps": 60, "evaluate_every": 3}})
+    repro = ["-m", "dvc", "repro", "--single-item", *(f"tasks/cola/dvc.yaml:{stage}@{method}-0" for stage in ("train", "evaluate"))]
+    adapter, scores = f"runs/adapters/{key}", clone.root / f"results/scores/{key}.json"
+
+    clone.call(*repro)
+    undisturbed = clone.files(adapter), scores.read_bytes()
+    shutil.rmtree(clone.root / adapter)
+    (clone.root / "tasks" / "cola" / "dvc.lock").unlink()
+
+    left = kill_in_training(clone, key, 9, repro)
+    assert left and not (clone.root / adapter / "adapter_config.json").exists()
+    assert max(int(name.split("-")[1]) for name in left) < 60, "killed too late to prove anything"
+    text = clone.call(*repro)
+    assert re.search(r"\|\s*(9|1\d|2\d|3\d|4\d|5\d)/60", text) and not re.search(r"\|\s*[0-8]/60", text), "it went on from the checkpoint"
+    assert (clone.files(adapter), scores.read_bytes()) == undisturbed
+    clone.write(PARAMETERS)
+
+
+@pytest.mark.slow
+def test_a_warm_worker_dies_with_the_stage_that_asked_for_it(clone):
+    """Killing what DVC has started must leave nothing behind that still writes."""
+    key = "cb-ept-0"
+    clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "steps": 4000, "evaluate_every": 2}})
+    address = str(clone.root / "warm")
+    server = subprocess.Popen([sys.executable, "nbs/pipelines/warm.py", address], cwd=clone.root, env=clone.environment(), stdin=subprocess.PIPE)
+    try:
+        while not os.path.exists(address):
+            time.sleep(0.05)
+        environment = {**clone.environment(), "EPT_WARM": address}
+        command = [sys.executable, "nbs/pipelines/run.py", "train", "--task", "cb", "--method", "ept"]
+        stage = subprocess.Popen(command, cwd=clone.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        folder = clone.root / "runs/checkpoints" / key
+        while not list(folder.glob("checkpoint-*/whole.json")):
+            assert stage.poll() is None
+            time.sleep(0.05)
+        stage.kill()
+        stage.wait()
+        time.sleep(1.0)
+        seen = sorted(p.name for p in folder.glob("checkpoint-*"))
+        time.sleep(1.5)
+        assert sorted(p.name for p in folder.glob("checkpoint-*")) == seen
+    finally:
+        server.stdin.close()
+        assert server.wait(timeout=30) == 0
+    shutil.rmtree(folder)
+    clone.write(PARAMETERS)
