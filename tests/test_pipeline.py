@@ -288,8 +288,7 @@ def test_a_copied_profile_says_the_same_about_itself(clone, copied):
     assert "up to date" in clone.dvc("status"), "another profile is none of the root's business"
     (copied / "results").mkdir()
     shutil.copy(clone.root / "results/costs.csv", copied / "results/costs.csv")  # the same work, so the times stay as they are
-    ran = clone.stages(clone.dvc("repro", folder=copied))
-    assert sorted(ran) == clone.first
+    assert "6 runs made" in clone.call("nbs/pipelines/reproduce.py", "--profile", "mine")
     for key in (*KEYS, "cb-frozen-0"):
         ours, theirs = ((folder / f"results/predictions/{key}.csv").read_bytes() for folder in (clone.root, copied))
         assert ours == theirs
@@ -297,7 +296,7 @@ def test_a_copied_profile_says_the_same_about_itself(clone, copied):
         ours, theirs = ((folder / "results" / file).read_text() for folder in (clone.root, copied))
         assert ours.replace("embedded", "NAME") == theirs.replace("mine", "NAME").replace("embedded", "NAME"), file
     assert "says nothing about English" in (copied / "results/report/table.md").read_text()
-    assert "up to date" in clone.dvc("status", folder=copied)
+    assert clone.stages(clone.dvc("repro", folder=copied)) == [] and "up to date" in clone.dvc("status", folder=copied)
     assert "0 runs made and 6 found up to date" in clone.call("nbs/pipelines/reproduce.py", "--profile", "mine")
 
 
