@@ -36,7 +36,7 @@ def seconds(command):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--experiment", action="store_true", help="time `dvc exp run` too; it leaves its results in the workspace")
-    parser.add_argument("--name", default="this-machine", help="of the file in bench/results")
+    parser.add_argument("--name", default="this-machine", help="of the file in bench/results/everyday")
     chosen = parser.parse_args()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     if hasattr(os, "sched_setaffinity"):
@@ -49,7 +49,7 @@ def main():
         own = [took - stages for took, stages in (seconds(EXPERIMENT.format(steps=steps)) for steps in (3, 4, 5))]
         found["dvc exp run -S training.steps=... tasks/sst2/dvc.yaml, without its stages"] = statistics.median(own)
         print(f"{statistics.median(own):5.1f} s  dvc exp run -S, without its stages")
-    file = ROOT / "bench" / "results" / f"{chosen.name}-everyday.json"
+    file = ROOT / "bench" / "results" / "everyday" / f"{chosen.name}.json"
     file.write_text(json.dumps({"processor": platform.processor() or platform.machine(), "seconds": {k: round(v, 2) for k, v in found.items()}}, indent=1) + "\n")
 
 

@@ -234,6 +234,7 @@ def test_a_sweep_runs_beside_the_grid(clone, back):
 def test_dvc_answers_about_what_is_there(clone):
     assert "up to date" in clone.dvc("status")
     assert "No changes" in clone.dvc("data", "status")
+    assert json.loads(clone.dvc("diff", "--json")) in ({}, {"added": [], "deleted": [], "modified": [], "renamed": [], "not in cache": []})
     graph = clone.dvc("dag", "--dot")
     assert '"tasks/cb/dvc.yaml:train@ept-0" -> "tasks/cb/dvc.yaml:evaluate@ept-0"' in graph and '"plan" -> "backbone"' in graph
     assert "tasks/cb/dvc.yaml:train@ept-0" in clone.dvc("dag")

@@ -195,6 +195,8 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
     assert not reached("evaluate") & {*shown, "training", "methods", "synthetic", "pretraining"}
     assert not reached("report") & {*inside, "backbone", "data"}
     assert reached("search") == reached("train") and reached("report") >= shown
+    checkpoints = {name.split(".", 1)[1] for name in import_closure("ept.training")}
+    assert not checkpoints & {*shown, "records", "evaluation", "synthetic", "pretraining"}, "editing a figure discards no killed run"
 
 
 def test_a_stage_depends_on_its_own_parameters(grid):
