@@ -60,8 +60,10 @@ def watch(tmp_path):
             progress.bars.refresh()
             ended.set()
             job.join()
-            state = progress.done, progress.skipped
-        return shown.getvalue(), state, log.read_bytes()
+            state = len(progress.made), len(progress.skipped)
+        head, _, rest = shown.getvalue().partition("runs/logs\n")
+        assert "5 runs of profile small" in head
+        return rest or head, state, log.read_bytes()
 
     return show
 
@@ -80,9 +82,10 @@ def test_a_run_that_is_trained_to_the_same_bits_is_a_line_too(watch):
 def test_what_is_up_to_date_is_counted_and_not_told(watch):
     skips = "".join(f"Stage '{stage}' didn't change, skipping\n" for stage in (
         "plan", "backbone", "tasks/rte/dvc.yaml:prepare", "tasks/rte/dvc.yaml:train@ept-0", "tasks/rte/dvc.yaml:evaluate@ept-0",
-        "tasks/cb/dvc.yaml:reference@frozen-0", "tasks/cb/dvc.yaml:evaluate-transfer@spot-0", "sweep@cb-rank-1-0", "report",
+        "tasks/cb/dvc.yaml:reference@frozen-0", "tasks/cb/dvc.yaml:evaluate-transfer@ept-0", "sweep@cb-rank-1-0", "report",
     ))  # fmt: skip
-    assert watch(skips)[:2] == ("", (0, 4))
+    said, state, _ = watch(skips)
+    assert "[" not in said and state == (0, 4)
 
 
 def test_a_run_of_the_sweep_says_which_size(watch):
@@ -99,6 +102,18 @@ def test_a_terminal_shows_the_whole_and_each_job(watch):
     shown, _, _ = watch(TRAINED, terminal=True)
     assert "small" in shown and "0/5" in shown and "train rte ept-0" in shown and "30/60" in shown
     assert "step/s" not in shown, "the jobs' own bars are in their logs"
+
+
+def test_the_time_left_knows_what_runs_took_before(watch, tmp_path):
+    """A long run that is left counts for more than a short one that is done."""
+    table = tmp_path / "results" / "costs.csv"
+    table.parent.mkdir(exist_ok=True)
+    table.write_text("task,method,seed,size,train_seconds\nrte,ept,0,,8\ncb,ept,0,,98\ncb,ept,0,rank-1,\n")
+    profile = load_profile(tmp_path / "params.yaml")
+    progress = Progress(profile, Console(file=io.StringIO()))
+    progress.running, progress.made = 1.0, ["rte-ept-0"]
+    progress.due.discard("rte-ept-0")
+    assert progress._left(11.0) == pytest.approx(10 * (100 + 3 * 2) / 10)
 
 
 def test_duration_is_that_of_a_clock():

@@ -7,6 +7,7 @@ steps of a training, and that a stage is done. Where the output is no terminal, 
 left out.
 """
 
+import csv
 import json
 import os
 import re
@@ -23,6 +24,7 @@ BEGIN, SKIP = re.compile(f"Running s{STAGE}"), re.compile(f"S{STAGE} didn't chan
 STEP = re.compile(r"\|\s*(\d+)/(\d+) \[")
 DONE = re.compile(r"^(evaluate|reference|sweep) ([\w.-]+) .*: [\d.]+ s, see .*?/(?:evaluate|reference|sweep)-([\w.-]+)\.ipynb")
 FAIL = re.compile(r"^(?:ERROR|error): (.+)")
+AROUND = 2.0  # seconds of a run beside its training
 LAST = ("evaluate", "reference", "sweep")  # the stages that end a run
 
 
@@ -39,13 +41,15 @@ class Progress:
         self.runs = {run.key: run for run in (*profile.runs(), *profile.sweep_runs())}
         self.keys = {f"{run.task}-{run.size}-{run.seed}": run.key for run in profile.sweep_runs()}  # as their notebooks are called
         self.console, self.lock = console or Console(highlight=False, soft_wrap=True), threading.Lock()
-        self.begun, self.done, self.skipped, self.starts, self.trained = time.monotonic(), 0, 0, {}, set()
+        self.begun, self.running, self.starts, self.trained = time.monotonic(), None, {}, set()
+        self.made, self.skipped, self.due, self.expected = [], [], set(self.runs), self._expected()
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[left]}"))
         self.bars = Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self.whole, self.jobs = self.bars.add_task(profile.profile, total=len(self.runs), left=""), {}
 
     def __enter__(self):
         self.bars.start()
+        self.say(f"{len(self.runs)} runs of profile {self.profile.profile}; what their stages print is in {self._relative('runs/logs')}")
         return self
 
     def __exit__(self, *_):
@@ -80,18 +84,21 @@ class Progress:
         job = self.jobs[name]
         if found := BEGIN.search(line):
             task, stage, rest = found.groups()
-            if not stage.startswith("search"):
+            if stage.startswith(("train", *LAST)):
+                self.running = self.running or time.monotonic()
                 self.starts.setdefault(name, time.monotonic())
             if stage.startswith("train"):
                 self.trained.add(f"{task}-{rest}")
             self.bars.update(job, description=" ".join(filter(None, (stage, task, rest))), completed=0, total=None, visible=True)
         elif found := SKIP.search(line):
             task, stage, rest = found.groups()
-            if f"{task}-{rest}" in self.trained and stage.startswith("evaluate"):  # trained to the same bits: the score stands
-                self._finished(name, f"{task}-{rest}")
-            elif stage.startswith(LAST):
-                self.skipped += 1
-                self.bars.update(self.whole, completed=self.done + self.skipped)
+            key = self.keys.get(rest) if stage == "sweep" else f"{task}-{rest}"
+            if key in self.trained and stage.startswith("evaluate"):  # trained to the same bits: the score stands
+                self._finished(name, key)
+            elif key in self.due and stage.startswith(LAST):
+                self.skipped.append(key)
+                self.due.discard(key)
+                self.bars.update(self.whole, completed=len(self.made) + len(self.skipped))
         elif found := DONE.search(line):
             self._finished(name, self.keys.get(found[3], found[3]))
         elif found := FAIL.search(line):
@@ -102,16 +109,29 @@ class Progress:
     def _finished(self, name, key):
         "Say what a run has found."
         record = self.folder / "results" / "scores" / f"{key}.json"
-        if key not in self.runs or not record.exists():
+        if key not in self.due or not record.exists():
             return
-        self.done += 1
+        self.made.append(key)
+        self.due.discard(key)
         now, values = time.monotonic(), json.loads(record.read_text())
-        took, number = now - self.starts.pop(name, now), self.done + self.skipped
-        left = (now - self.begun) / self.done * (len(self.runs) - number)
+        took, number = now - self.starts.pop(name, now), len(self.made) + len(self.skipped)
+        left = f"{duration(self._left(now))} left"
         size = f" {self.runs[key].size}" if self.runs[key].size else ""
         text = f"{values['method']} {values['task']}{size} {values['score']:.1f} (majority {values['majority_score']:.1f}) {took:.0f} s"
-        self.bars.update(self.whole, completed=number, left=f"{duration(left)} left")
-        self.say(f"[{number}/{len(self.runs)}] {text}, {duration(left)} left")
+        self.bars.update(self.whole, completed=number, left=left)
+        self.say(f"[{number}/{len(self.runs)}] {text}, {left}")
+
+    def _expected(self):
+        "How long each run may take beside the others, in seconds: what its training once took, and something for the rest."
+        file = self.folder / "results" / "costs.csv"
+        rows = csv.DictReader(file.read_text().splitlines()) if file.exists() else ()
+        known = {"-".join(filter(None, (r["task"], r["method"], r["seed"], r["size"]))): float(r["train_seconds"] or 0) for r in rows}
+        return {key: AROUND + known.get(key, 0.0) for key in self.runs}
+
+    def _left(self, now):
+        "Seconds that the rest will take, if it goes on as it went so far."
+        made, due = (sum(self.expected[key] for key in keys) for keys in (self.made, self.due))
+        return (now - (self.running or now)) * due / made
 
     def conclude(self, status):
         "The last lines: what was done, how it compares with what is in git, and where to look."
@@ -119,7 +139,7 @@ class Progress:
         if status:
             self.say(f"not everything is up to date after {took}; what went wrong is above and in {self._relative('runs/logs')}. The same command goes on from here")
             return
-        self.say(f"{self.done} runs made and {self.skipped} found up to date in {took}")
+        self.say(f"{len(self.made)} runs made and {len(self.skipped)} found up to date in {took}")
         equal, known = self.committed()
         if known:
             self.say(f"{equal} of {known} committed scores found again{'' if equal == known else '; another processor adds in another order'}")
