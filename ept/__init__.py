@@ -5,14 +5,14 @@ from importlib import import_module
 __version__ = "0.0.1"
 
 _HOMES = {
-    "tasks": ("TASKS", "Task", "get_task"),
-    "data": ("load_task",),
-    "prompt": ("EPTConfig",),
-    "backbone": ("Backbone", "load_backbone"),
-    "model": ("EPTModel",),
-    "methods": ("METHODS", "build_method"),
-    "training": ("Run", "TrainingConfig", "train"),
-    "evaluation": ("Evaluation", "evaluate"),
+    "data.tasks": ("TASKS", "Task", "get_task"),
+    "data.loading": ("load_task",),
+    "prompt.soft": ("EPTConfig",),
+    "model.backbone": ("Backbone", "load_backbone"),
+    "model.modeling": ("EPTModel",),
+    "methods.registry": ("METHODS", "build_method"),
+    "training.training": ("Run", "TrainingConfig", "train"),
+    "training.evaluation": ("Evaluation", "evaluate"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

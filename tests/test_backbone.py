@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ept import backbone as library
-from ept.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
+from ept.model.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
 from tests.conftest import byte_tokenizer, tiny_backbone, tiny_gpt2, tiny_t5
 
 COMMIT = "b" * 40
@@ -116,7 +116,7 @@ def in_a_fresh_process(hub, code):
 
 
 def test_a_hub_model_becomes_a_folder_that_remembers_its_commit(hub, tmp_path):
-    code = f"from ept.backbone import materialise; materialise('own/model', {str(tmp_path / 'kept')!r})"
+    code = f"from ept.model.backbone import materialise; materialise('own/model', {str(tmp_path / 'kept')!r})"
     done = in_a_fresh_process(hub, code)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "kept" / "backbone.json").read_text()) == {"name": "own/model", "revision": COMMIT}

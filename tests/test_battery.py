@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ept.adapters import BottleneckAdapter, adapter_places
-from ept.adaptation import is_norm, output_width
-from ept.methods import METHODS, build_method
-from ept.mixture import PromptMixture
-from ept.model import EPTModel
-from ept.product import PromptProduct
-from ept.prompt import EPTConfig
-from ept.residual import ResidualPrompt
-from ept.sources import SOURCE_TASKS
+from ept.methods.adapter import BottleneckAdapter, adapter_places
+from ept.model.adaptation import is_norm, output_width
+from ept.methods.registry import METHODS, build_method
+from ept.methods.attempt import PromptMixture
+from ept.model.modeling import EPTModel
+from ept.methods.mpt import PromptProduct
+from ept.prompt.soft import EPTConfig
+from ept.methods.respt import ResidualPrompt
+from ept.methods.sources import SOURCE_TASKS
 from tests.conftest import moved
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2, seed=3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ept.tasks import TASKS
+from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))

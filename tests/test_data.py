@@ -18,10 +18,10 @@ from tests.conftest import byte_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
-from ept.data import SPLITS, Encoder, few_shot, load_task, subsample
-from ept.metrics import majority_score
-from ept.synthetic import write_datasets
-from ept.tasks import TASKS, HubSource, Task
+from ept.data.loading import SPLITS, Encoder, few_shot, load_task, subsample
+from ept.data.metrics import majority_score
+from ept.data.synthetic import write_datasets
+from ept.data.tasks import TASKS, HubSource, Task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = SHARED / "data"
@@ -155,7 +155,7 @@ def test_few_shot_draws_by_class_and_by_seed(tmp_path, caplog):
     for drawn in draws:
         assert np.bincount(drawn["label"]).tolist() == [4, 4, 4]
     assert draws[0][:] == few_shot("mnli", data, 4, 0)[:] and draws[0][:] != draws[1][:]
-    with caplog.at_level(logging.WARNING, "ept.data"):
+    with caplog.at_level(logging.WARNING, "ept.data.loading"):
         assert len(few_shot("mnli", data, 50, 0)) == len(data)
     assert "has" in caplog.text and "all are taken for shots=50" in caplog.text
     assert "at least 1" in failure(lambda: few_shot("mnli", data, 0, 0))

@@ -10,10 +10,10 @@ import torch
 from torch.testing import assert_close
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ept.exchange import export_peft, import_dept, import_peft
-from ept.methods import build_method
-from ept.model import EPTModel
-from ept.sources import SOURCE_TASKS
+from ept.model.exchange import export_peft, import_dept, import_peft
+from ept.methods.registry import build_method
+from ept.model.modeling import EPTModel
+from ept.methods.sources import SOURCE_TASKS
 from tests.conftest import MODELS, WIDTH, tiny_llama, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,15 +14,15 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from ept.backbone import keep_freed_memory, load_backbone
-from ept.data import Encoder, load_task
-from ept.metrics import score_task
-from ept.methods import build_method
-from ept.model import EPTModel
-from ept.ranking import predict, rank_labels
-from ept.files import repository_root
-from ept.tasks import get_task
-from ept.training import TrainingConfig, collate, train
+from ept.model.backbone import keep_freed_memory, load_backbone
+from ept.data.loading import Encoder, load_task
+from ept.data.metrics import score_task
+from ept.methods.registry import build_method
+from ept.model.modeling import EPTModel
+from ept.training.ranking import predict, rank_labels
+from ept.utils.files import repository_root
+from ept.data.tasks import get_task
+from ept.training.training import TrainingConfig, collate, train
 from tests.conftest import moved
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=40, spaces=3, space_width=1, fusion_width=2, seed=3)

@@ -7,11 +7,11 @@ import torch
 from torch.testing import assert_close
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ept.adapters import adapter_places
-from ept.methods import METHODS, build_method, method_table, size_names, source_runs
-from ept.model import KINDS, EPTModel
-from ept.product import share_prompts
-from ept.sources import SOURCE_TASKS, read_sources, sources_of
+from ept.methods.adapter import adapter_places
+from ept.methods.registry import METHODS, build_method, method_table, size_names, source_runs
+from ept.model.modeling import KINDS, EPTModel
+from ept.methods.mpt import share_prompts
+from ept.methods.sources import SOURCE_TASKS, read_sources, sources_of
 from tests.conftest import WIDTH, tiny_llama, tiny_t5
 
 SIZES = dict(prompt_length=20, short_length=4, max_length=12, spaces=2, space_width=1, fusion_width=1)

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from sklearn import metrics as sk
 
-from ept.metrics import majority_score, score_task
-from ept.tasks import TASKS, Task
+from ept.data.metrics import majority_score, score_task
+from ept.data.tasks import TASKS, Task
 
 
 def draw(seed, labels, n=300):

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from ept.model import EPTModel
-from ept.prompt import EPTConfig
+from ept.model.modeling import EPTModel
+from ept.prompt.soft import EPTConfig
 from tests.conftest import MODELS, WIDTH, tiny_llama, tiny_t5
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2)

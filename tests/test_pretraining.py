@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ept.pretraining import (INSTRUCTIONS, SENTINELS, Material, Muon, PretrainingConfig, build_tiny_t5, corrupt, orthogonalise, pretrain,
+from ept.training.pretraining import (INSTRUCTIONS, SENTINELS, Material, Muon, PretrainingConfig, build_tiny_t5, corrupt, orthogonalise, pretrain,
                              supervised_rows, train_tokenizer, unlabelled_texts)
-from ept.checking import from_dict
-from ept.synthetic import HELD_OUT, MAKERS, PRACTICE, make_task
-from ept.tasks import TASKS
+from ept.utils.checking import from_dict
+from ept.data.synthetic import HELD_OUT, MAKERS, PRACTICE, make_task
+from ept.data.tasks import TASKS
 
 SMALL = PretrainingConfig(width=16, inner_width=16, head_width=4, layers=1, decoder_layers=1, steps=16, batch_size=4, rows=400)
 
@@ -149,7 +149,7 @@ def test_a_failure_leaves_the_old_folder(folder, tmp_path, monkeypatch):
         raise OSError("disk full")
 
     old = {f.name: f.read_bytes() for f in folder.iterdir()}
-    monkeypatch.setattr("ept.pretraining.write_json", broken)
+    monkeypatch.setattr("ept.training.pretraining.write_json", broken)
     with pytest.raises(OSError, match="disk full"):
         pretrain(SMALL, folder)
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == old

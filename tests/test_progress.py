@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ept.profiles import load_profile
+from ept.grid.profiles import load_profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbs" / "pipelines"))
 from progress import Progress, duration  # noqa: E402

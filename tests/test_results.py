@@ -15,15 +15,15 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ept.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
-from ept.methods import METHODS as REGISTRY
-from ept.metrics import score_task
-from ept.page import ABSENT, FIGURES, findings, protocol, render, write_report
-from ept.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
-from ept.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
-from ept.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
-from ept.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
-from ept.tasks import TASKS
+from ept.report.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
+from ept.methods.registry import METHODS as REGISTRY
+from ept.data.metrics import score_task
+from ept.report.page import ABSENT, FIGURES, findings, protocol, render, write_report
+from ept.grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
+from ept.report.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
+from ept.report.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
+from ept.report.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
+from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("frozen", "pt", "ept")
@@ -452,7 +452,7 @@ def test_a_record_that_says_no_role_or_another_is_refused(filled):
 def test_reports_know_no_list_of_methods():
     """A report is made from records alone; nothing it is made of imports the methods, at any depth of a function."""
     for module in ("statistics", "results", "tables", "figures", "page"):
-        assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (ROOT / "ept" / f"{module}.py").read_text()), module
+        assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (ROOT / "ept" / "report" / f"{module}.py").read_text()), module
 
 
 # ---- costs ----------------------------------------------------------------------------------------------------------------
@@ -749,9 +749,9 @@ def test_the_same_results_give_the_same_files(filled, tmp_path):
 WRITE = """
 import sys
 from pathlib import Path
-from ept.page import FIGURES, write_report
-from ept.results import made_up
-from ept.tables import write_summary
+from ept.report.page import FIGURES, write_report
+from ept.report.results import made_up
+from ept.report.tables import write_summary
 table = made_up(methods=("frozen", "pt", "dept", "ept-no-fusion", "ept"), tasks=("cola", "multirc", "stsb"))
 assert set(write_report(table, Path(sys.argv[1]) / "report")) == set(FIGURES)
 write_summary(table, sys.argv[1])

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from ept.decomposition import check_budget
-from ept.prompt import EPTConfig
-from ept.checking import from_dict, unknown
-from ept.files import write_atomic, write_json
-from ept.settings import Settings, load_settings
+from ept.prompt.decomposition import check_budget
+from ept.prompt.soft import EPTConfig
+from ept.utils.checking import from_dict, unknown
+from ept.utils.files import write_atomic, write_json
+from ept.utils.settings import Settings, load_settings
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, monkeypatch):

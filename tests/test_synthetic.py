@@ -5,8 +5,8 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from ept.synthetic import HELD_OUT, MAKERS, SCHEMAS, Speaker, examples, make_task, parquet_bytes, write_datasets
-from ept.tasks import TASKS, mark_spans
+from ept.data.synthetic import HELD_OUT, MAKERS, SCHEMAS, Speaker, examples, make_task, parquet_bytes, write_datasets
+from ept.data.tasks import TASKS, mark_spans
 
 
 @pytest.fixture(scope="module")

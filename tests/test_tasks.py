@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from ept.tasks import METRICS, STYLES, TASKS, VERBALIZERS, Task, get_task, mark_spans
+from ept.data.tasks import METRICS, STYLES, TASKS, VERBALIZERS, Task, get_task, mark_spans
 
 # fields in the order of the text, labels by number, metrics with the score first, published training examples, halved
 TABLE = {

@@ -11,12 +11,12 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
 from ept import training
-from ept.evaluation import evaluate
-from ept.methods import METHODS, build_method
-from ept.model import EPTModel
-from ept.tasks import Task
-from ept.training import NonFiniteLoss, PromptTrainer, TrainingConfig, train
-from ept.sources import SOURCE_TASKS
+from ept.training.evaluation import evaluate
+from ept.methods.registry import METHODS, build_method
+from ept.model.modeling import EPTModel
+from ept.data.tasks import Task
+from ept.training.training import NonFiniteLoss, PromptTrainer, TrainingConfig, train
+from ept.methods.sources import SOURCE_TASKS
 from tests.conftest import WIDTH, tiny_backbone
 
 SIZES = dict(prompt_length=60, short_length=8, max_length=48, spaces=2, space_width=1, fusion_width=1)
@@ -259,7 +259,7 @@ def test_names_are_checked_before_anything_trains(data, tmp_path):
 
 
 def test_the_library_serves_a_users_own_table(tmp_path):
-    from ept.data import load_task
+    from ept.data.loading import load_task
 
     frame = pd.DataFrame([{"text": f"{w} {n}", "label": w == "red" and "yes" or "no"} for n in range(20) for w in ("red", "blue")])
     data = load_task(TASK, source=frame)

@@ -32,15 +32,15 @@ def generated(profile):
     "Path below the profile's folder -> text, of every file that is written for a profile."
     import jinja2
 
-    from ept.fingerprints import import_closure
+    from ept.utils.fingerprints import import_closure
 
     folder = profile.file.parent
     project, root = ({}, "") if folder == ROOT else (PROJECT, "../" * len(folder.relative_to(ROOT).parts))
     notebooks = sorted(p.name for p in Path(__file__).parent.glob("*.ipynb"))
     code = ["ept", "nbs/pipelines"]
     if project:  # outside of a project DVC ignores no caches, so each file is named
-        reached = {file.name for notebook in notebooks for file in import_closure(Path(__file__).with_name(notebook)).values()}
-        code = [f"{root}ept/{name}" for name in sorted(reached)] + [f"{root}nbs/pipelines/{name}" for name in notebooks]
+        reached = {file.relative_to(ROOT).as_posix() for notebook in notebooks for file in import_closure(Path(__file__).with_name(notebook)).values()}
+        code = [f"{root}{name}" for name in sorted(reached)] + [f"{root}nbs/pipelines/{name}" for name in notebooks]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
     write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, **values)
@@ -58,7 +58,7 @@ def differences(profile):
 
 def write_layout(profile):
     "Write the files of a profile; those that have changed."
-    from ept.files import write_atomic
+    from ept.utils.files import write_atomic
 
     folder, due, (other, left) = profile.file.parent, generated(profile), differences(profile)
     for name in other:
@@ -70,9 +70,9 @@ def write_layout(profile):
 
 def new_profile(name, origin):
     "Make profiles/<name> with the parameters of another profile; its parameter file."
-    from ept.checking import check_name, unknown
-    from ept.files import write_atomic
-    from ept.profiles import load_profile, profile_files
+    from ept.utils.checking import check_name, unknown
+    from ept.utils.files import write_atomic
+    from ept.grid.profiles import load_profile, profile_files
 
     known = profile_files(ROOT)
     check_name("profile", name)
@@ -99,7 +99,7 @@ def main(arguments=None):
     parser.add_argument("--from", dest="origin", metavar="PROFILE", default="embedded", help="whose parameters it begins with")
     chosen = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
-    from ept.profiles import load_profile, profile_files
+    from ept.grid.profiles import load_profile, profile_files
 
     try:
         if chosen.new is not None:

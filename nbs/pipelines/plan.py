@@ -15,9 +15,9 @@ ROOT = HERE.parents[1]
 
 def write_plan(file="params.yaml"):
     "Check a parameter file and write the plan beside its results; the plan."
-    from ept.files import write_json
-    from ept.fingerprints import code_version
-    from ept.profiles import Paths, load_profile
+    from ept.utils.files import write_json
+    from ept.utils.fingerprints import code_version
+    from ept.grid.profiles import Paths, load_profile
     from layout import differences
 
     profile = load_profile(file)

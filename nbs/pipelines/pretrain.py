@@ -13,6 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from ept.pretraining import PretrainingConfig, pretrain
+    from ept.training.pretraining import PretrainingConfig, pretrain
 
     print(pretrain(PretrainingConfig(), ROOT / "backbone").round(3).to_string(index=False))

@@ -45,7 +45,7 @@ def parse(arguments):
     "The stage and its parameters; `ValueError` for a name the notebook does not have."
     import yaml
 
-    from ept.checking import unknown
+    from ept.utils.checking import unknown
 
     stage, *rest = arguments
     if stage not in STAGES:
@@ -74,7 +74,7 @@ def run(stage, values):
     used = {**known, **values}
     file = Path(used["profile_file"])
     if not file.exists():
-        from ept.profiles import profile_files
+        from ept.grid.profiles import profile_files
 
         there = [os.path.relpath(path) for path in profile_files(ROOT).values()]
         raise FileNotFoundError(f"no parameter file {used['profile_file']!r}; there are: {', '.join(there)}")

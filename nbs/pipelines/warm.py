@@ -115,9 +115,9 @@ def _import():
     import torch  # noqa: F401
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration, Trainer  # noqa: F401
 
-    from ept.fingerprints import code_version
+    from ept.utils.fingerprints import code_version
 
-    for module in ("ept.training", "ept.evaluation"):  # a file that changes later is read again
+    for module in ("ept.training.training", "ept.training.evaluation"):  # a file that changes later is read again
         code_version(module)
 
 

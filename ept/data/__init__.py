@@ -1,0 +1,1 @@
+"""Tasks, their rows, the token ids of their texts, and their metrics."""

@@ -1,0 +1,1 @@
+"""A parameter file becomes runs, and runs become records."""

@@ -1,0 +1,1 @@
+"""Train one prompt, rank the labels, evaluate."""

@@ -1,0 +1,1 @@
+"""What everything rests on: helpful errors, whole files, settings, fingerprints of code."""
