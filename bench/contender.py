@@ -125,7 +125,8 @@ def our_trainer(model, pairs, batch_size, steps, folder, callbacks, shuffle):
     "The engine of `ept.train`, without a task around it."
     from transformers import TrainingArguments
 
-    from ept.training.training import PromptTrainer, collate, plan_batches
+    from ept.training.batching import collate, plan_batches
+    from ept.training.trainer import PromptTrainer
 
     end = [] if model.family == "decoder-only" else [1]
     features = [(text, answer + end) for text, answer in pairs]

@@ -11,7 +11,8 @@ _HOMES = {
     "model.backbone": ("Backbone", "load_backbone"),
     "model.modeling": ("EPTModel",),
     "methods.registry": ("METHODS", "build_method"),
-    "training.training": ("Run", "TrainingConfig", "train"),
+    "training.config": ("TrainingConfig",),
+    "training.training": ("Run", "train"),
     "training.evaluation": ("Evaluation", "evaluate"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

@@ -66,8 +66,8 @@ def tiny_backbone(kind):
     return Backbone(model.requires_grad_(False), byte_tokenizer(eos=kind == "t5"), f"tiny-{kind}", "test")
 
 
-def moved(model):
-    """The model with every trainable number moved, as training would."""
+def perturbed(model):
+    """The model with every trainable parameter changed, as training would."""
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,21 +7,30 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ept.methods.adapter import BottleneckAdapter, adapter_places
-from ept.model.adaptation import is_norm, output_width
-from ept.methods.registry import METHODS, build_method
-from ept.methods.attempt import PromptMixture
-from ept.model.modeling import EPTModel
-from ept.methods.mpt import PromptProduct
-from ept.prompt.soft import EPTConfig
-from ept.methods.respt import ResidualPrompt
+from ept.methods.registry import METHODS, build_method, num_parameters
 from ept.methods.sources import SOURCE_TASKS
-from tests.conftest import moved
+from ept.model.modeling import EPTModel
+from ept.prompt.soft import EPTConfig, SoftPrompt
+from tests.conftest import perturbed
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2, seed=3)
 SIZES |= dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
-FAMILY = [name for name, method in METHODS.items() if method.extra is None and not method.sources]  # EPT's own
 CANDIDATES = [[5, 1], [7, 8, 1], [9]]
+
+
+def only(which):
+    """A test for some of the methods."""
+    return pytest.mark.parametrize("method", [name for name, method in METHODS.items() if which(method)], indirect=True)
+
+
+family = only(lambda method: method.kind is SoftPrompt)  # EPT's own
+adaptations = only(lambda method: method.adapts)
+trainable = only(lambda method: method.trained)
+constants = only(lambda method: not method.adapts and not method.kind.reads_text)
+no_constants = only(lambda method: method.adapts or method.kind.reads_text)
+gated = only(lambda method: method.role == "proposed" or method.name in ("ept-no-fusion", "ept-one-space"))
+without_gate = only(lambda method: method.kind is not SoftPrompt or method.name in ("ept-no-projection", "dept", "pt", "frozen"))
+decoder_only = pytest.mark.parametrize("backbone", ["llama", "gpt2"], indirect=True)
 
 
 @pytest.fixture(params=list(METHODS))
@@ -44,7 +53,7 @@ def build(method, model, **changes):
 @pytest.fixture
 def trained(model):
     """The model with every trainable number moved, as training would."""
-    return moved(model)
+    return perturbed(model)
 
 
 def inputs(lengths=(4, 7), total=None, side="right"):
@@ -66,35 +75,15 @@ def labels_for(model, batch):
     return labels.masked_fill(batch["attention_mask"].cumsum(1) <= 2, -100)
 
 
-def expected_parameters(method, model):
-    "Trainable numbers of a method on a backbone, by formulas."
-    width, length = model.get_input_embeddings().weight.shape[1], SIZES["prompt_length"]
-    modules = dict(model.named_modules())
-    scales = sum(len(m.weight) for m in modules.values() if is_norm(m))
-    places = adapter_places(model)
-    one = BottleneckAdapter.size(width, SIZES["adapter_width"])
-    targets = [modules[n] for n in modules if n.endswith((".q", ".v", ".q_proj", ".v_proj", ".c_attn"))]
-    formulas = {
-        "finetune": lambda: model.num_parameters(),
-        "adapter": lambda: len(places) * one + scales,
-        "adapterdrop": lambda: sum(layer > 0 for layer in places.values()) * one + scales,
-        "bitfit": lambda: sum(output_width(m) or 0 for m in modules.values()),
-        "lora": lambda: sum(SIZES["lora_rank"] * sum(m.weight.shape) for m in targets),
-        "spot": lambda: length * width,
-        "attempt": lambda: PromptMixture.size(length, width, SIZES["attention_width"]),
-        "mpt": lambda: PromptProduct.size(length, width),
-        "respt": lambda: ResidualPrompt.size(length, width, SIZES["residual_width"]),
-    }
-    return formulas[method.name]() if method.name in formulas else method.resolve(SIZES)[0].num_parameters(width)
-
-
 def test_parameters_follow_the_formula(method, model, backbone):
-    width = backbone.model.get_input_embeddings().weight.shape[1]
-    assert model.num_trainable_parameters() == expected_parameters(method, backbone.model)
-    if method.name in FAMILY:
-        assert model.num_trainable_parameters() <= SIZES["prompt_length"] * width
+    assert model.num_trainable_parameters() == num_parameters(method, backbone.model, **SIZES)
     start = "backbone." if method.adapts else "prompt."
     assert all(name.startswith(start) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+@family
+def test_the_family_of_ept_keeps_to_the_budget(method, model, backbone):
+    assert model.num_trainable_parameters() <= SIZES["prompt_length"] * backbone.model.get_input_embeddings().weight.shape[1]
 
 
 def test_what_is_trained_is_float32_and_has_a_learning_rate(method, model):
@@ -106,9 +95,8 @@ def test_what_is_trained_is_float32_and_has_a_learning_rate(method, model):
     assert bool(groups["prompt"]) == (method.trained and not method.adapts)
 
 
+@adaptations
 def test_at_the_start_an_adapted_backbone_is_the_plain_one(method, model, backbone):
-    if not method.adapts:
-        return
     plain, batch = build(METHODS["frozen"], backbone.model), inputs()
     assert torch.equal(model.score(**batch, candidates=CANDIDATES), plain.score(**batch, candidates=CANDIDATES))
     batch["labels"] = labels_for(model, batch)
@@ -116,18 +104,15 @@ def test_at_the_start_an_adapted_backbone_is_the_plain_one(method, model, backbo
         assert torch.equal(model(**batch).logits, plain(**batch).logits)
 
 
+@family
 def test_zeroed_second_factors_give_plain_prompt_tuning(method, trained, backbone):
-    if method.name not in (*FAMILY, "respt"):
-        return
     prompt = trained.prompt
     with torch.no_grad():
         for part, factor in (("offset", "embedding_factors"), ("fusion", "strength"), ("projection", "up")):
             if getattr(prompt, part, None) is not None:
                 getattr(getattr(prompt, part), factor).zero_()
-        if method.name == "respt":
-            prompt.gain.zero_(), prompt.shift.zero_()
     count = len(prompt.embeddings)
-    plain = EPTModel(backbone.model, EPTConfig(prompt_length=count, short_length=count, rank=0, fusion=False, projection=False))
+    plain = EPTModel(backbone.model, EPTConfig(prompt_length=count, short_length=count).plain())
     plain.prompt.embeddings = prompt.embeddings
     batch = inputs()
     batch["labels"] = labels_for(trained, batch)
@@ -148,14 +133,18 @@ def test_padding_changes_nothing(trained):
         assert_close(chosen, trained(**left).logits[left["attention_mask"] == 1], rtol=1e-5, atol=1e-5)
 
 
+@only(lambda method: not method.trained)
+def test_nothing_to_train_has_no_gradient(method, model):
+    batch = inputs()
+    assert not model.train()(**batch, labels=labels_for(model, batch)).loss.requires_grad
+
+
+@trainable
 def test_gradients_reach_what_is_trained_alone(method, trained, backbone):
     before = copy.deepcopy(backbone.model.state_dict())
     batch = inputs()
     loss = trained.train()(**batch, labels=labels_for(trained, batch)).loss
     assert not trained.backbone.training
-    if not method.trained:
-        assert not loss.requires_grad
-        return
     loss.backward()
     frozen = {name: p.clone() for name, p in trained.named_parameters() if not p.requires_grad}
     torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=0.1).step()
@@ -180,15 +169,13 @@ def test_methods_on_one_backbone_do_not_meet(method, trained, backbone):
         assert own <= ours.keys() and own <= theirs.keys()
 
 
+@decoder_only
 def test_shared_prefix_is_exact_with_its_gradients(method, trained):
-    if trained.family == "encoder-decoder":
-        assert trained.shared_prefix  # has no meaning there
-        return
     batch = inputs()
     batch["labels"] = labels_for(trained, batch)
     results = []
     for shared in (True, False):
-        trained.shared_prefix = shared
+        trained.architecture.shared_prefix = shared
         trained.zero_grad()
         out = trained(**batch)
         if method.trained:
@@ -239,11 +226,14 @@ def test_an_adapter_is_refused_by_another_backbone(trained, backbone, tmp_path):
         EPTModel.from_pretrained(other, folder)
 
 
+@no_constants
+def test_what_is_no_constant_does_not_fold(method, trained):
+    with pytest.raises(ValueError, match="use the model as it is"):
+        trained.fold()
+
+
+@constants
 def test_folding_keeps_the_function(method, trained, backbone, tmp_path):
-    if method.adapts or trained.reads_text:
-        with pytest.raises(ValueError, match="use the model as it is"):
-            trained.fold()
-        return
     folded = trained.fold()
     batch = inputs()
     expected = trained.score(**batch, candidates=CANDIDATES)
@@ -260,7 +250,7 @@ def test_generate_equals_the_route_by_hand(trained):
     text = trained.backbone.get_input_embeddings()(batch["input_ids"])
     prompt, offset = trained.prompt(text, batch["attention_mask"] > 0) if trained.reads_text else trained.prompt()
     if offset is not None:
-        text = text + offset[:7]
+        text = text + offset[..., :7, :]
     embeddings = torch.cat([prompt.expand(2, -1, -1), text], dim=1)
     by_hand = trained.backbone.generate(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]).long(), **options)
     assert torch.equal(trained.generate(**batch, **options), by_hand)
@@ -274,10 +264,9 @@ def test_generation_does_not_see_padding(trained):
     assert torch.equal(together[:1], first)
 
 
+@trainable
 def test_bfloat16_backbone_with_float32_prompt_trains(method, backbone):
     model = build(method, copy.deepcopy(backbone.model).to(torch.bfloat16)).train()
-    if not method.trained:
-        return
     batch, losses = inputs(), []
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.005 if method.adapts else 0.05)
     for _ in range(15):
@@ -291,11 +280,14 @@ def test_bfloat16_backbone_with_float32_prompt_trains(method, backbone):
     assert losses[-1] < losses[0]
 
 
+@without_gate
+def test_a_prompt_without_a_gate_says_so(method, trained):
+    with pytest.raises(ValueError, match="this prompt has no gate"):
+        trained.gate_weights()
+
+
+@gated
 def test_gate_weights_sum_to_one(method, trained):
-    if getattr(trained.prompt, "projection", None) is None:
-        with pytest.raises(ValueError, match="this prompt has no gate"):
-            trained.gate_weights()
-        return
     weights = trained.gate_weights()
     assert weights.shape == (trained.prompt_config.short_length, trained.prompt_config.spaces)
     assert_close(weights.sum(-1), torch.ones(len(weights)))
@@ -313,8 +305,8 @@ def test_the_same_seed_gives_the_same_start(method, backbone):
 
 
 def test_every_ablation_differs_from_ept_in_what_it_names():
-    ept = METHODS["ept"].configure(EPTConfig())
-    assert METHODS["ept-no-fusion"].configure(EPTConfig()) == replace(ept, fusion=False)
-    assert METHODS["ept-no-projection"].configure(EPTConfig()) == replace(ept, projection=False)
-    assert METHODS["ept-one-space"].configure(EPTConfig()) == replace(ept, spaces=1, space_width=8)
-    assert METHODS["dept"].configure(EPTConfig()) == replace(ept, fusion=False, projection=False)
+    ept = METHODS["ept"].resolve({})[0]
+    assert METHODS["ept-no-fusion"].resolve({})[0] == replace(ept, fusion=False)
+    assert METHODS["ept-no-projection"].resolve({})[0] == replace(ept, projection=False)
+    assert METHODS["ept-one-space"].resolve({})[0] == replace(ept, spaces=1, space_width=8)
+    assert METHODS["dept"].resolve({})[0] == replace(ept, fusion=False, projection=False)

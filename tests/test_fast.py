@@ -22,8 +22,10 @@ from ept.model.modeling import EPTModel
 from ept.training.ranking import predict, rank_labels
 from ept.utils.files import repository_root
 from ept.data.tasks import get_task
-from ept.training.training import TrainingConfig, collate, train
-from tests.conftest import moved
+from ept.training.batching import collate
+from ept.training.config import TrainingConfig
+from ept.training.training import train
+from tests.conftest import perturbed
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=40, spaces=3, space_width=1, fusion_width=2, seed=3)
 CLOSE = dict(rtol=1e-5, atol=1e-5)
@@ -31,8 +33,8 @@ CLOSE = dict(rtol=1e-5, atol=1e-5)
 
 @pytest.fixture
 def model(backbone):
-    """EPT with every trainable number moved, as training would."""
-    return moved(build_method("ept", backbone.model, **SIZES))
+    """EPT with every trainable parameter changed, as training would."""
+    return perturbed(build_method("ept", backbone.model, **SIZES))
 
 
 def examples(lengths, family):

@@ -9,8 +9,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from ept.methods.adapter import adapter_places
 from ept.methods.registry import METHODS, build_method, method_table, size_names, source_runs
-from ept.model.modeling import KINDS, EPTModel
+from ept.model.modeling import EPTModel
 from ept.methods.mpt import share_prompts
+from ept.model.saving import sizes_of
+from ept.prompt.base import KINDS
 from ept.methods.sources import SOURCE_TASKS, read_sources, sources_of
 from tests.conftest import WIDTH, tiny_llama, tiny_t5
 
@@ -72,7 +74,7 @@ def test_the_literatures_lora_is_ours_and_the_biases(table):
 
 
 def test_the_table_has_every_method_and_its_source(table):
-    assert list(table.index) == list(METHODS)
+    assert set(table.index) == set(METHODS) and table.index[0] == "ept"
     assert all(table.drop(index=["frozen", "finetune"]).source.str.contains(r"\d{4}")) and all(table.implementation.str.len() > 0)
 
 
@@ -222,8 +224,52 @@ def test_every_kind_of_file_is_read_as_what_it_is(tmp_path):
         folder = build_method(name, tiny_t5(), source_prompts=prompts(), **SIZES).save_pretrained(tmp_path / name)
         record = json.loads((folder / "adapter_config.json").read_text())
         kinds.add(record["type"])
-        assert (record["type"] == "ept") == ("extra" not in record) == (METHODS[name].extra is None)
-    assert kinds == {"ept", *KINDS}
+        assert record["type"] == METHODS[name].kind.kind and ("extra" in record) == (sizes_of(METHODS[name].kind) is not None)
+        again = EPTModel.from_pretrained(tiny_t5(), folder)
+        assert isinstance(again.adaptation or again.prompt, KINDS[record["type"]])
+    assert kinds == set(KINDS)
+
+
+@pytest.mark.parametrize(("former", "method"), [("residual", "respt"), ("mixture", "attempt"), ("product", "mpt"), ("weights", "finetune"), ("biases", "bitfit"), ("adapters", "adapterdrop")])
+def test_adapters_keep_their_meaning_under_former_names(former, method, tmp_path):
+    import json
+
+    model = build_method(method, tiny_t5(), source_prompts=prompts(), **SIZES)
+    file = model.save_pretrained(tmp_path) / "adapter_config.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"type": former, "extra": record.get("extra", {})}))
+    again = EPTModel.from_pretrained(tiny_t5(), tmp_path)
+    assert all(torch.equal(tensor, again.adapter_tensors()[name]) for name, tensor in model.adapter_tensors().items())
+
+
+def test_a_method_of_ones_own_is_known_once_it_is_registered():
+    """From any module: no list is edited, no file of the package touched."""
+    from torch import nn
+
+    from ept.methods.registry import Method, num_parameters, register
+    from ept.prompt.base import Prompt
+
+    class Scaled(Prompt):
+        kind = "scaled"
+
+        def __init__(self, config, start, extra=None, sources=None):
+            super().__init__(config)
+            self.register_buffer("start", start)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        @classmethod
+        def num_parameters(cls, config, extra, width):
+            return 1
+
+        def forward(self):
+            return self.scale * self.start, None
+
+    register(Method("scaled", "one factor", "-", Scaled))
+    try:
+        assert "scaled" in METHODS and build_method("scaled", tiny_t5(), **SIZES).num_trainable_parameters() == num_parameters("scaled", tiny_t5()) == 1
+    finally:
+        del METHODS._known["scaled"], KINDS["scaled"]
+    assert "scaled" not in METHODS
 
 
 # Sums of absolute values, made with the version before the comparison methods existed.

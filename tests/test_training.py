@@ -10,12 +10,15 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
-from ept import training
+from ept.training import training
 from ept.training.evaluation import evaluate
 from ept.methods.registry import METHODS, build_method
 from ept.model.modeling import EPTModel
 from ept.data.tasks import Task
-from ept.training.training import NonFiniteLoss, PromptTrainer, TrainingConfig, train
+from ept.training.config import NonFiniteLoss, TrainingConfig
+from ept.prompt.soft import SoftPrompt
+from ept.training.trainer import PromptTrainer, optimizer_groups
+from ept.training.training import train
 from ept.methods.sources import SOURCE_TASKS
 from tests.conftest import WIDTH, tiny_backbone
 
@@ -39,7 +42,7 @@ def test_each_learning_rate_reaches_the_parameters_it_names(backbone):
     model = build_method("ept", backbone.model, **SIZES)
     config = TrainingConfig(learning_rate=0.3, pair_learning_rate=0.02, module_learning_rate=0.001)
     names = {id(p): n for n, p in model.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in training._optimizer_groups(model, config) for p in group["params"]}
+    rates = {names[id(p)]: group["lr"] for group in optimizer_groups(model, config) for p in group["params"]}
     assert rates == {
         "prompt.embeddings": 0.3,
         "prompt.offset.position_factors": 0.02,
@@ -94,7 +97,7 @@ def test_a_tiny_model_learns(data, tmp_path):
     assert run.history.loss.dropna().iloc[-1] < run.history.loss.dropna().iloc[0]
 
 
-COMPARED = [name for name, method in METHODS.items() if method.extra or method.sources]
+COMPARED = [name for name, method in METHODS.items() if method.kind is not SoftPrompt]
 SMALL = dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
 
 
@@ -120,7 +123,7 @@ def test_the_weights_have_a_learning_rate_of_their_own(backbone):
     config = TrainingConfig(learning_rate=0.3, weight_learning_rate=0.002, module_learning_rate=0.1)
     rates = lambda method: {
         (group["name"], group["lr"])
-        for group in training._optimizer_groups(build_method(method, backbone.model, source_prompts=sources(), **SIZES | SMALL), config)
+        for group in optimizer_groups(build_method(method, backbone.model, source_prompts=sources(), **SIZES | SMALL), config)
     }
     for method in ("finetune", "adapter", "adapterdrop", "bitfit", "lora"):
         assert rates(method) == {("weights", 0.002)}

@@ -12,7 +12,7 @@ from typing import Any
 from ..utils.checking import from_dict, unknown
 from ..methods.registry import METHODS, get_method, size_names
 from .profiles import Profile, RunPlan
-from ..training.training import TrainingConfig
+from ..training.config import TrainingConfig
 
 # %% ../../nbs/grid/51_configuration.ipynb #d7082c01
 TRAINING = tuple(f.name for f in dataclasses.fields(TrainingConfig))  # how a run is trained

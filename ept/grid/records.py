@@ -18,6 +18,7 @@ from ..training.evaluation import evaluate
 from ..utils.files import write_atomic
 from ..utils.fingerprints import code_version
 from ..data.metrics import majority_score
+from ..methods.catalogue import module_of
 from ..model.modeling import EPTModel
 from .preparation import read_rows
 from .profiles import Paths, RunPlan
@@ -76,7 +77,7 @@ def make_record(
         "history": history or {"step": [], "loss": [], "score": []},
         "gate_weights": gates,
         "packages": package_versions(),
-        "code": {"train": saved["code"], "evaluate": code_version("ept.training.evaluation")},
+        "code": {"train": saved["code"], "evaluate": code_version("ept.training.evaluation", *module_of(plan.method))},
     }
 
 # %% ../../nbs/grid/55_records.ipynb #963432c6

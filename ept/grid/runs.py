@@ -21,7 +21,8 @@ from .preparation import read_rows
 from .profiles import Paths, Profile, RunPlan
 from .provision import open_backbone
 from ..utils.settings import load_settings
-from ..training.training import NonFiniteLoss, Run, TrainingConfig, train
+from ..training.config import NonFiniteLoss, TrainingConfig
+from ..training.training import Run, train
 
 # %% ../../nbs/grid/54_runs.ipynb #38f18709
 def keep_source(

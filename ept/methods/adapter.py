@@ -8,12 +8,12 @@ __all__ = ['PLACES', 'BottleneckAdapter', 'adapter_places', 'Adapters']
 # %% ../../nbs/methods/35_adapter.ipynb #243f7c34
 import re
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .registry import Method, register
 from ..model.adaptation import Adaptation, Scale, attach, copy_structure, is_norm
 
 # %% ../../nbs/methods/35_adapter.ipynb #a1cea14c
@@ -38,7 +38,7 @@ class BottleneckAdapter(nn.Module):
         width: int,  # d
         bottleneck: int,  # w
     ) -> int:
-        "Trainable numbers: `2*d*w + w + d`."
+        "Trainable parameters: `2*d*w + w + d`."
         return 2 * width * bottleneck + bottleneck + width
 
     def forward(
@@ -76,7 +76,7 @@ def adapter_places(
 class Adapters(Adaptation):
     "Bottleneck adapters and the scales of the norms (Houlsby et al. 2019; Rücklé et al. 2021)."
 
-    kind: ClassVar[str] = "adapters"
+    kind = "adapter"
     adapter_width: int | None = None  # w, of the bottleneck; None is d/32, at least 1
     dropped_layers: int | None = None  # lower layers of each stack without adapters; 0 is none, None is 5 of 12, at least 1
 
@@ -102,3 +102,19 @@ class Adapters(Adaptation):
         for norm in [m for m in model.modules() if is_norm(m)]:
             attach(norm, Scale(norm.weight, len(norm.weight)), "trained_scale")
         return model
+
+    def num_parameters(self, backbone: PreTrainedModel) -> int:
+        "Those of an adapter in each place, and a scale for each dimension of each norm."
+        sizes, width = self.resolve(backbone), backbone.get_input_embeddings().weight.shape[1]
+        places = sum(layer >= sizes.dropped_layers for layer in adapter_places(backbone).values())
+        return places * BottleneckAdapter.size(width, sizes.adapter_width) + sum(len(m.weight) for m in backbone.modules() if is_norm(m))
+
+# %% ../../nbs/methods/35_adapter.ipynb #9fcad0bd
+register(
+    Method("adapter", "bottleneck adapters, scales of norms", "Houlsby et al. 2019, section 2.1", Adapters, fixed={"dropped_layers": 0},
+           about="own, PEFT has none; behind self-attention and feed-forward, width d/32 as in the literature on T5")
+)
+register(
+    Method("adapterdrop", "the same without the lower layers' adapters", "Rücklé et al. 2021, section 3", Adapters,
+           about="own; lower 5 of 12 layers of each stack")
+)

@@ -7,18 +7,20 @@ __all__ = ['MixtureConfig', 'PromptMixture']
 
 # %% ../../nbs/methods/33_attempt.ipynb #a6e0e525
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from .registry import Method, register
+from ..prompt.base import Prompt
+from ..prompt.soft import EPTConfig
 
 # %% ../../nbs/methods/33_attempt.ipynb #e60942a3
 @dataclass(frozen=True)
 class MixtureConfig:
     "Sizes of a mixture of prompts beside the prompt's own."
 
-    kind: ClassVar[str] = "mixture"
     attention_width: int = 100  # of the network that reads the text
     source_count: int = 0  # t, finished prompts; set from those that are given
 
@@ -26,44 +28,37 @@ class MixtureConfig:
         if self.attention_width < 1:
             raise ValueError(f"attention_width is {self.attention_width}; it must be at least 1")
 
-    def empty(
-        self,
-        length: int,  # m
-        width: int,  # d
-    ) -> "PromptMixture":
-        "A prompt of the right shapes, to be filled from a file."
-        return PromptMixture(self, torch.zeros(length, width), torch.zeros(self.source_count, length, width))
-
 # %% ../../nbs/methods/33_attempt.ipynb #017d8a7d
-class PromptMixture(nn.Module):
+class PromptMixture(Prompt):
     "A new prompt plus a mixture of finished ones that depends on the text (Asai et al. 2022, ATTEMPT, section 3.2)."
 
-    reads_text = True
+    kind, Sizes, reads_text = "attempt", MixtureConfig, True
 
     def __init__(
         self,
-        extra: MixtureConfig,
+        config: EPTConfig,
         start: Tensor,  # P at step 0, [m, d]
+        extra: MixtureConfig,
         sources: Tensor,  # P_1 ... P_t, [t, m, d]; they are not trained
-        seed: int = 0,  # of the attention's start
     ):
-        super().__init__()
-        self.extra, width, hidden = extra, start.shape[1], extra.attention_width
-        generator = torch.Generator().manual_seed(seed + 1)
+        super().__init__(config, replace(extra, source_count=len(sources)))
+        width, hidden = start.shape[1], extra.attention_width
+        generator = torch.Generator().manual_seed(config.seed + 1)
         uniform = lambda rows, columns: nn.Parameter((torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(rows))
         self.embeddings = nn.Parameter(start.clone().float())  # P, [m, d]
         self.register_buffer("sources", sources.detach().clone().float())
         self.down, self.up = uniform(width, hidden), uniform(hidden, width)
         self.gain, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
-    @staticmethod
-    def size(
-        length: int,  # m
-        width: int,  # d
-        hidden: int,  # of the attention
-    ) -> int:
-        "Trainable numbers: `m*d + 2*d*h + 2*d`; the sources are not trained."
-        return length * width + 2 * width * hidden + 2 * width
+    @classmethod
+    def empty(cls, config: EPTConfig, extra: MixtureConfig, width: int) -> "PromptMixture":
+        "A prompt of the right shapes, to be filled from a file, the sources too."
+        return cls(config, torch.zeros(config.short_length, width), extra, torch.zeros(extra.source_count, config.short_length, width))
+
+    @classmethod
+    def num_parameters(cls, config: EPTConfig, extra: MixtureConfig, width: int) -> int:
+        "Trainable parameters: `m*d + 2*d*h + 2*d`; the sources are not trained."
+        return config.short_length * width + 2 * width * extra.attention_width + 2 * width
 
     def weights(
         self,
@@ -87,3 +82,9 @@ class PromptMixture(nn.Module):
         known = torch.cat([self.sources, self.embeddings[None]])
         mixed = torch.einsum("bt,tmd->bmd", self.weights(text, read), known)
         return self.embeddings + mixed, None
+
+# %% ../../nbs/methods/33_attempt.ipynb #17c58e82
+register(
+    Method("attempt", "a prompt of l tokens, an attention over source prompts", "Asai et al. 2022, equations 2 to 4", PromptMixture,
+           sources=("pt",), about="own; four sources of the six, one target task at a time")
+)

@@ -8,61 +8,60 @@ __all__ = ['ResidualConfig', 'ResidualPrompt']
 # %% ../../nbs/methods/32_respt.ipynb #a6e0e525
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from .registry import Method, register
+from ..prompt.base import Prompt
+from ..prompt.soft import EPTConfig
 
 # %% ../../nbs/methods/32_respt.ipynb #36a46d90
 @dataclass(frozen=True)
 class ResidualConfig:
     "Sizes of a residual prompt beside the prompt's own."
 
-    kind: ClassVar[str] = "residual"
     residual_width: int = 800  # of the shared network between its two layers
 
     def __post_init__(self):
         if self.residual_width < 1:
             raise ValueError(f"residual_width is {self.residual_width}; it must be at least 1")
 
-    def empty(
-        self,
-        length: int,  # m
-        width: int,  # d
-    ) -> "ResidualPrompt":
-        "A prompt of the right shapes, to be filled from a file."
-        return ResidualPrompt(self, torch.zeros(length, width))
-
 # %% ../../nbs/methods/32_respt.ipynb #a16576fa
-class ResidualPrompt(nn.Module):
+class ResidualPrompt(Prompt):
     "A prompt behind a shared network and a shortcut (Razdaibiedina et al. 2023, Residual Prompt Tuning, section 3)."
+
+    kind, Sizes = "respt", ResidualConfig
 
     def __init__(
         self,
-        extra: ResidualConfig,
+        config: EPTConfig,
         start: Tensor,  # P at step 0, [m, d]
-        seed: int = 0,  # of the network's start
+        extra: ResidualConfig,
+        sources: None = None,  # it starts from no other prompt
     ):
-        super().__init__()
-        self.extra, width, hidden = extra, start.shape[1], extra.residual_width
-        generator = torch.Generator().manual_seed(seed + 1)
+        super().__init__(config, extra)
+        width, hidden = start.shape[1], extra.residual_width
+        generator = torch.Generator().manual_seed(config.seed + 1)
         uniform = lambda *shape, fan: nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan))
         self.embeddings = nn.Parameter(start.clone().float())  # P, [m, d]
         self.down, self.down_bias = uniform(width, hidden, fan=width), uniform(hidden, fan=width)
         self.up, self.up_bias = uniform(hidden, width, fan=hidden), uniform(width, fan=hidden)
         self.gain, self.shift = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
-    @staticmethod
-    def size(
-        length: int,  # m
-        width: int,  # d
-        hidden: int,  # of the network
-    ) -> int:
-        "Trainable numbers: `m*d + 2*d*h + h + 3*d`."
-        return length * width + 2 * width * hidden + hidden + 3 * width
+    @classmethod
+    def num_parameters(cls, config: EPTConfig, extra: ResidualConfig, width: int) -> int:
+        "Trainable parameters: `m*d + 2*d*h + h + 3*d`."
+        return config.short_length * width + 2 * width * extra.residual_width + extra.residual_width + 3 * width
 
     def forward(self) -> tuple[Tensor, None]:
         "The prompt `P'`, [m, d], and no offset."
         hidden = torch.relu(self.embeddings @ self.down + self.down_bias)
         change = hidden @ self.up + self.up_bias
         return self.embeddings + nn.functional.layer_norm(change, change.shape[-1:], self.gain, self.shift), None
+
+# %% ../../nbs/methods/32_respt.ipynb #d65dcd3c
+register(
+    Method("respt", "a prompt of l tokens, a shared network with a shortcut", "Razdaibiedina et al. 2023, section 3", ResidualPrompt,
+           about="own; l tokens instead of 10, the network's rate is the modules'")
+)

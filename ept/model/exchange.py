@@ -16,14 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backbone import family_of
+from .families import FAMILIES
 from .modeling import EPTModel
 from ..prompt.soft import EPTConfig
 from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/model/26_exchange.ipynb #efea5d28
-_TASK_TYPES = {"encoder-decoder": "SEQ_2_SEQ_LM", "decoder-only": "CAUSAL_LM"}
-
-
 def _read_foreign(folder, kinds):
     "Configuration and tensors of an adapter in PEFT's layout."
     folder = Path(folder)
@@ -61,7 +59,7 @@ def _check_fit(record, tensors, backbone, folder, names):
         raise ValueError(f"{folder} holds tensors {', '.join(sorted(tensors))}; needed are {', '.join(names)}")
     width, family = backbone.get_input_embeddings().weight.shape[1], family_of(backbone)
     prompt = tensors[names[0]]
-    if record.get("task_type") not in (None, _TASK_TYPES[family]) or prompt.shape[-1] != width:
+    if record.get("task_type") not in (None, FAMILIES[family].peft_task_type) or prompt.shape[-1] != width:
         raise ValueError(
             f"{folder} was trained on {record.get('base_model_name_or_path') or 'a backbone'} ({record.get('task_type')}, width {prompt.shape[-1]});"
             f" this backbone is {family} of width {width}: load the backbone it was trained on"
@@ -124,7 +122,7 @@ def export_peft(
     folder, backbone = Path(folder), model.backbone
     write_atomic(folder / "adapter_model.safetensors", save_safetensors({"prompt_embeddings": prompt.float().cpu().contiguous()}))
     write_json(folder / "adapter_config.json", {
-        "peft_type": "PROMPT_TUNING", "task_type": _TASK_TYPES[model.family], "base_model_name_or_path": getattr(backbone.config, "_name_or_path", ""),
+        "peft_type": "PROMPT_TUNING", "task_type": model.architecture.peft_task_type, "base_model_name_or_path": getattr(backbone.config, "_name_or_path", ""),
         "inference_mode": True, "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1,
         "num_attention_heads": backbone.config.num_attention_heads, "num_layers": backbone.config.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",
