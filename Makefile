@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make reproduce` and `make test`. Python 3.10 or newer and pip are enough.
+# Two commands do everything on a fresh machine: `make reproduce` and `make test`. Python 3.11 or newer and pip are enough.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench test test-quick export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench lint test test-quick export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,7 +55,11 @@ backbone: $(READY)  ## train the embedded backbone anew and keep it in store/
 bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
 	$(BIN)/python bench/bench.py --name $(or $(NAME),this-machine) $(if $(QUICK),--quick)
 
-test: $(READY)  ## every notebook of the library, then every test
+lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how Python files are set
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+test: lint  ## ruff, then every notebook of the library, then every test
 	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
@@ -68,7 +72,7 @@ export: $(READY)  ## notebooks -> ept/, notebooks without outputs, and the finge
 	$(BIN)/dvc repro -q --single-item plan
 
 readme: $(READY)  ## nbs/index.ipynb -> README.md
-	$(BIN)/python nbs/readme.py > README.md
+	$(BIN)/python nbs/readme.py
 
 notebooks: $(READY)  ## JupyterLab on nbs/
 	$(BIN)/jupyter lab nbs

