@@ -12,10 +12,12 @@ import threading
 
 import pytest
 import torch
+import transformers
 
-from ept import backbone as library
+from ept.model import backbone as library
 from ept.model.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
-from tests.conftest import byte_tokenizer, tiny_backbone, tiny_gpt2, tiny_t5
+from ept.methods.registry import build_method
+from tests.conftest import byte_tokenizer, perturbed, tiny_backbone, tiny_gpt2, tiny_t5
 
 COMMIT = "b" * 40
 
@@ -159,3 +161,56 @@ def test_smollm2_is_an_ordinary_model_that_knows_a_capital(tmp_path):
     assert not getattr(backbone.model, "is_quantized", False)
     ids = backbone.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert backbone.tokenizer.decode(backbone.model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
+
+
+# ---- which models can be a backbone --------------------------------------------------------------------------------------
+
+
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, vocab_size=320)
+BART = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64)
+
+
+def save(kind, folder, **sizes):
+    "A model of a type with random weights, saved with a tokenizer."
+    config = transformers.AutoConfig.for_model(kind, **sizes)
+    auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    auto.from_config(config).save_pretrained(folder)
+    byte_tokenizer(eos=config.is_encoder_decoder).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("qwen2", SMALL | {"num_key_value_heads": 2}), ("gpt_neox", SMALL), ("bart", {"d_model": 32, "vocab_size": 320} | BART)])
+def test_architectures_beyond_the_three_are_served(kind, sizes, tmp_path):
+    """Nothing is known about them but that transformers loads them: a padded text scores as it does alone, and as its loss says."""
+    backbone = load_backbone(save(kind, tmp_path, **sizes))
+    model = perturbed(build_method("ept", backbone.model, prompt_length=30, short_length=4, max_length=12, spaces=2, space_width=1, fusion_width=1))
+    ids, mask, answer = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[4, 5, 1]])
+    scores = model.score(input_ids=ids, attention_mask=mask, candidates=[[3, 1], [4, 5, 1]])
+    torch.testing.assert_close(scores[1:], model.score(input_ids=ids[1:, :2], candidates=[[3, 1], [4, 5, 1]]), rtol=1e-4, atol=1e-4)
+    if backbone.family == "encoder-decoder":
+        loss = model(input_ids=ids[:1], labels=answer).loss
+    else:
+        loss = model(input_ids=torch.cat([ids[:1], answer], 1), labels=torch.cat([torch.full((1, 4), -100), answer], 1)).loss
+    torch.testing.assert_close(scores[0, 1], -3 * loss.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "reason"),
+    [
+        ("bert", SMALL, "BertLMHeadModel cannot be a backbone: it reads in both directions"),
+        ("mamba", {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 320}, "MambaForCausalLM cannot be a backbone: it keeps no keys and values"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused_with_the_reason(kind, sizes, reason, tmp_path):
+    folder = save(kind, tmp_path, **sizes)
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.unlink()  # it is refused by its configuration, before anything large is read
+    with pytest.raises(ValueError, match=f"{reason}.*allowed are encoder-decoder models"):
+        load_backbone(folder)
+
+
+def test_a_model_without_text_is_refused(tmp_path):
+    transformers.ViTConfig().save_pretrained(tmp_path)
+    byte_tokenizer(eos=False).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a model of type 'vit', which is no language model that generates text; choose one like T5"):
+        load_backbone(str(tmp_path))

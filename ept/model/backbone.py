@@ -10,6 +10,7 @@ __all__ = ['LARGE', 'SOURCES', 'family_of', 'fingerprint', 'Backbone', 'resolve_
 import ctypes
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BIDIRECTIONAL
 
 from ..utils.checking import unknown
 from ..utils.files import repository_root, write_json
@@ -30,13 +32,20 @@ from ..utils.files import repository_root, write_json
 def family_of(
     model: PreTrainedModel,
 ) -> str:  # "encoder-decoder" or "decoder-only"
-    "The family of a model; `ValueError` for one that cannot generate text."
+    "The family of a model; `ValueError` for one that cannot be served, with the reason."
+    config, reason = model.config, ""
     if not model.can_generate():
+        reason = "it has no head that generates text"
+    elif not config.is_encoder_decoder and config.model_type in BIDIRECTIONAL and not getattr(config, "is_decoder", False):
+        reason = "it reads in both directions, so it cannot continue a text"
+    elif not config.is_encoder_decoder and "past_key_values" not in inspect.signature(model.base_model.forward).parameters:
+        reason = "it keeps no keys and values of what it has read, from which candidates are scored"
+    if reason:
         raise ValueError(
-            f"{type(model).__name__} cannot be a backbone; allowed are encoder-decoder models (T5) and decoder-only ones"
-            " (Llama, GPT-2): load it with AutoModelForSeq2SeqLM or AutoModelForCausalLM"
+            f"{type(model).__name__} cannot be a backbone: {reason}; allowed are encoder-decoder models (such as T5, BART) and decoder-only ones"
+            " with attention (such as Llama, GPT-2, Qwen2), as AutoModelForSeq2SeqLM and AutoModelForCausalLM load them"
         )
-    return "encoder-decoder" if model.config.is_encoder_decoder else "decoder-only"
+    return "encoder-decoder" if config.is_encoder_decoder else "decoder-only"
 
 # %% ../../nbs/model/20_backbone.ipynb #56bd8fff
 def fingerprint(
@@ -238,10 +247,15 @@ def _reachable(name):
         raise _unreachable(name, error) from error
 
 
-def _number_of_parameters(auto, config):
-    "Of a model that has not been read."
-    with torch.device("meta"):
-        return auto.from_config(config).num_parameters()
+def _outline(name, auto, config):
+    "A model of shapes without weights, checked before any are read; `ValueError` for one that cannot be served."
+    try:
+        with torch.device("meta"):
+            outline = auto.from_config(config)
+    except ValueError as error:  # transformers has no such class for this configuration
+        raise ValueError(f"{name!r} is a model of type {config.model_type!r}, which is no language model that generates text; choose one like T5, Llama or GPT-2") from error
+    family_of(outline)
+    return outline
 
 # %% ../../nbs/model/20_backbone.ipynb #67757aa7
 def load_backbone(
@@ -256,7 +270,7 @@ def load_backbone(
         config = AutoConfig.from_pretrained(location, revision=revision)
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision)
     auto, device = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, resolve_device(device)
-    dtype = resolve_precision(precision, device, _number_of_parameters(auto, config))
+    dtype = resolve_precision(precision, device, _outline(name, auto, config).num_parameters())
     with _reachable(name):
         model = auto.from_pretrained(location, revision=revision, dtype=dtype).to(device)
     if device.type == "cpu":  # the backward pass of fused attention is slow on CPUs
