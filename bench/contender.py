@@ -143,10 +143,10 @@ def our_trainer(model, pairs, batch_size, steps, folder, callbacks, shuffle):
 
 
 def half_precision():
-    "Whether the machine multiplies in bfloat16 by itself."
-    import torch
+    "Whether the machine has instructions for products in bfloat16."
+    from ept.model.backbone import has_bfloat16, resolve_device
 
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return has_bfloat16(resolve_device())
 
 
 def synchronise():

@@ -30,7 +30,7 @@ def keep_source(
     task: str,  # of `grid.sources`
     seed: int,
 ) -> Path:  # an adapter folder: configuration and numbers
-    "Lay a finished prompt of a source task where runs on other tasks find it."
+    "Copy a finished prompt of a source task to where runs on other tasks find it."
     paths = Paths(profile)
     run, folder = paths.adapter(f"{task}-pt-{seed}"), paths.source(task, seed)
     if not run.is_dir():

@@ -114,7 +114,7 @@ def export_peft(
     model: EPTModel,  # its prompt must be a constant without offset
     folder: str | Path,  # made if needed
 ) -> Path:  # `folder`, for `peft.PeftModel.from_pretrained`
-    "Write a prompt as a prompt-tuning adapter of PEFT; `ValueError` for what PEFT's prompt tuning cannot say."
+    "Write a prompt as a prompt-tuning adapter of PEFT; `ValueError` for what PEFT's prompt tuning cannot hold."
     prompt, offset = (model if model.folded else model.fold()).prompt()
     if offset is not None or not len(prompt):
         reason = "it has an offset by position" if offset is not None else "it has no tokens"

@@ -21,7 +21,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from ..model.backbone import keep_freed_memory
+from ..model.backbone import has_bfloat16, keep_freed_memory
+from .ranking import pad
 from ..utils.files import write_json
 from ..data.synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples, make_task
 from ..data.tasks import TASKS, mark_spans
@@ -162,7 +163,7 @@ _START = 3.0  # how sharply a head looks at its place before anything is learned
 
 @torch.no_grad()
 def _point_heads(model, config):
-    "Two heads look for the same word elsewhere, one at the previous word, one at the next."
+    "Half of the heads attend to the same token elsewhere, one to the previous token, one to the next."
     same = max(1, config.heads // 2)
     rows = same * config.head_width
     for block in model.encoder.block[:2]:
@@ -181,7 +182,7 @@ def build_tiny_t5(
     config: PretrainingConfig,
     vocabulary: int,  # tokens
 ) -> T5ForConditionalGeneration:
-    "A T5 with fresh weights whose encoder heads begin as word finders."
+    "A T5 with fresh weights; some encoder heads begin by attending to equal or neighbouring tokens."
     torch.manual_seed(config.seed)
     model = T5ForConditionalGeneration(T5Config(
         vocab_size=vocabulary, d_model=config.width, d_kv=config.head_width, d_ff=config.inner_width, num_layers=config.layers,
@@ -320,15 +321,6 @@ def _optimizers(model, config, half):
         return min((step + 1) / config.warmup, 1.0, (config.steps - step) / max(1, config.steps * config.decay))
     return optimizers, [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
 
-def _padded(rows, fill):
-    longest = max(map(len, rows))
-    return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
-
-def _half_precision():
-    "Does this processor multiply in bfloat16 by itself?"
-    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
-
 # %% ../../nbs/training/46_pretraining.ipynb #303b15b3
 def train_language_model(
     model: T5ForConditionalGeneration,  # is trained in place
@@ -338,12 +330,12 @@ def train_language_model(
 ) -> pd.DataFrame:  # mean losses of each tenth of the steps: step, task, dictionary, spans
     "Train on the mixture."
     keep_freed_memory()
-    half = _half_precision() if precision == "auto" else precision == "bfloat16"
+    half = has_bfloat16(torch.device("cpu")) if precision == "auto" else precision == "bfloat16"
     model.set_attn_implementation("eager")  # the backward pass of fused attention is slow on CPUs
     optimizers, schedules = _optimizers(model.train(), config, half)
     losses = []
     for step, (kind, pairs) in zip(tqdm(range(config.steps), "pretraining", mininterval=1), material.batches()):
-        ids, labels = _padded([x for x, _ in pairs], 0), _padded([y for _, y in pairs], -100)
+        ids, labels = pad([x for x, _ in pairs], 0), pad([y for _, y in pairs], -100)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model(input_ids=ids, attention_mask=(ids != 0).long(), labels=labels).loss
         loss.backward()
