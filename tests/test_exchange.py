@@ -140,7 +140,7 @@ class TestPEFT:
         theirs.save_pretrained(tmp_path)
         assert_close(self.logits(import_peft(backbone, tmp_path), backbone), self.logits(theirs, backbone, skip=5), rtol=1e-5, atol=1e-5)
 
-    def test_what_peft_cannot_say_is_not_exported(self, kind, tmp_path):
+    def test_what_peft_cannot_hold_is_not_exported(self, kind, tmp_path):
         backbone = MODELS[kind]()
         sources = {task: torch.randn(10, WIDTH) for task in SOURCE_TASKS}
         build = lambda method: build_method(method, backbone, source_prompts=sources, **SIZES)
@@ -148,7 +148,7 @@ class TestPEFT:
             "dept": "cannot hold this prompt: it has an offset by position",
             "frozen": "cannot hold this prompt: it has no tokens",
             "attempt": "this prompt depends on the text",
-            "lora": "trains numbers inside the backbone",
+            "lora": "trains parameters inside the backbone",
         }.items():
             with pytest.raises(ValueError, match=message):
                 export_peft(build(method), tmp_path / "peft")
