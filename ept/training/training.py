@@ -28,7 +28,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from ..model.backbone import Backbone, fingerprint, keep_freed_memory
-from ..data.loading import Encoder, load_task
+from ..data.encoding import Encoder
+from ..data.loading import load_task
 from ..utils.files import write_atomic, write_json
 from ..utils.fingerprints import code_version
 from ..methods.registry import Method, build_method, get_method
