@@ -8,7 +8,7 @@ __all__ = ['TEXT', 'SWEPT', 'BackboneChoice', 'DataChoice', 'Grid', 'Search', 'S
 
 # %% ../../nbs/grid/50_profiles.ipynb #80b5e95c
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import yaml
 
 from ..utils.checking import check_name, from_dict, unknown
 from ..utils.files import repository_root
-from ..data.tasks import TASKS
+from ..data.task_files import read_task
+from ..data.tasks import SPLITS, TASKS, Task, get_task
 
 # %% ../../nbs/grid/50_profiles.ipynb #7a515d7b
 TEXT = ("max_length", "verbalizer")  # parameters that matter where nothing is trained
@@ -36,19 +37,19 @@ class BackboneChoice:
 class DataChoice:
     "The rows of a profile."
 
-    source: str  # "embedded": made up, from the folder; "benchmark": the real rows, from where settings.ini says
+    source: str  # "embedded": made up, from the folder; "benchmark": the real rows, from where settings.ini says; "own": every task names its files
     folder: str | None = None  # of embedded data, relative to the repository's root
     subsample: dict[str, int] = field(default_factory=dict)  # most examples of a split; {} is all
 
     def __post_init__(self):
-        if self.source not in ("embedded", "benchmark"):
-            raise unknown("data source", self.source, ("embedded", "benchmark"))
-        if (self.folder is None) != (self.source == "benchmark"):
-            allowed = "embedded data lie in a folder of this repository: add data.folder" if self.folder is None else "settings.ini says where benchmarks lie: remove data.folder"
-            raise ValueError(f"data.source is {self.source!r} and data.folder {self.folder!r}; {allowed}")
+        kinds = {"embedded": "embedded data lie in a folder of this repository: add", "benchmark": "settings.ini says where benchmarks lie: remove", "own": "each task names its files: remove"}
+        if self.source not in kinds:
+            raise unknown("data source", self.source, kinds)
+        if (self.folder is not None) != (self.source == "embedded"):
+            raise ValueError(f"data.source is {self.source!r} and data.folder {self.folder!r}; {kinds[self.source]} data.folder")
         for split in self.subsample:
-            if split not in ("train", "validation", "test"):
-                raise unknown("split", split, ("train", "validation", "test"))
+            if split not in SPLITS:
+                raise unknown("split", split, SPLITS)
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Profile:
     training: dict[str, Any] = field(default_factory=dict)  # for every run
     methods: dict[str, dict] = field(default_factory=dict)  # for every run of one method
     tasks: dict[str, dict] = field(default_factory=dict)  # for every run on one task
+    own: dict[str, Task] = field(default_factory=dict)  # those of the tasks that are read from a file
     file: Path | None = None  # where it was read
     search: Search = field(default_factory=Search)  # for learning rates
     sweep: Sweep = field(default_factory=Sweep)  # over sizes of `ept`
@@ -123,18 +125,28 @@ class Profile:
             for name in names:
                 check_name(kind, name)
         for task in (*self.grid.tasks, *self.tasks):
-            if task not in TASKS:
-                raise unknown("task", task, TASKS)
+            if task not in TASKS and task not in self.own:
+                raise unknown("task", task, (*TASKS, *self.own))
         _check_lists(self)
+        _check_source(self)
 
     @property
     def searched(self) -> bool:
         "Whether learning rates are tried before they are used."
         return len(self.search.factors) > 1
 
+    def task(self, name: str) -> Task:
+        "A task of the grid by its name: one of its own, or one of `TASKS`."
+        return self.own.get(name) or get_task(name)
+
+    def origin(self, task: str) -> str:
+        'What the rows of a task are: "embedded", made up by this repository; "benchmark"; or "own".'
+        return "own" if task in self.own else self.data.source
+
     def text(self, task: str) -> dict[str, Any]:
-        "Of what is said for every run on a task, the part that decides what a backbone reads and which words it ranks."
-        return {name: value for name, value in {**self.training, **self.tasks[task]}.items() if name in TEXT}
+        "Of what is said for every run on a task, the part that decides what a backbone reads and which words it ranks; with a task of one's own, all that its file says."
+        said = {name: value for name, value in {**self.training, **self.tasks.get(task, {})}.items() if name in TEXT}
+        return said | ({"definition": _definition(self.own[task])} if task in self.own else {})
 
     def runs(self) -> "list[RunPlan]":
         "Every run of the grid."
@@ -147,10 +159,10 @@ class Profile:
         return [RunPlan(self, t, "ept", s, size) for t in w.tasks for size in w.sizes for s in w.seeds]
 
     def run(self, task: str, method: str, seed: int, size: str | None = None) -> "RunPlan":
-        "One run; it need not be in the grid, but its task and method need entries. `size` is one of the sweep's."
-        for kind, name, entries in (("task", task, self.tasks), ("method", method, self.methods)):
-            if name not in entries:
-                raise unknown(kind, name, entries)
+        "One run; its method need not be in the grid, but then it needs an entry. `size` is one of the sweep's."
+        for kind, name, known in (("task", task, self.grid.tasks), ("method", method, dict.fromkeys((*self.grid.methods, *self.methods)))):
+            if name not in known:
+                raise unknown(kind, name, known)
         return RunPlan(self, task, method, seed, size)
 
     def __repr__(self):
@@ -158,20 +170,28 @@ class Profile:
         size = f"{len(g.tasks)} tasks x {len(g.methods)} methods x {len(g.seeds)} seeds"
         return f"Profile({self.profile}: {self.backbone.name}, {self.data.source} data, {size})"
 
+# %% ../../nbs/grid/50_profiles.ipynb #af7cc0f4
+def _definition(task):
+    "Everything that a task's file says."
+    said = asdict(task)
+    del said["hub"], said["data"]["folder"]
+    return said
+
 # %% ../../nbs/grid/50_profiles.ipynb #be7835c3
+def _check_source(profile):
+    "Refuse a source of rows that is not that of the tasks."
+    named = [t for t in profile.grid.tasks if t not in profile.own]
+    if profile.data.source == "own" and named:
+        raise ValueError(f"data.source is 'own', and task {named[0]!r} is one of the benchmarks; choose embedded (made up) or benchmark (real rows), which leaves the tasks of your own as they are")
+    if profile.data.source != "own" and not named:
+        raise ValueError(f"data.source is {profile.data.source!r}, and every task names its own files; write `data: {{source: own}}`")
+
+
 def _check_lists(profile):
-    "Refuse entries that are missing, twice, or misspelled."
-    for name, listed, entries in (
-        ("tasks", profile.grid.tasks, profile.tasks),
-        ("methods", profile.grid.methods, profile.methods),
-        ("seeds", profile.grid.seeds, None),
-    ):
+    "Refuse lists that are empty, name something twice, or do not go together."
+    for name, listed in (("tasks", profile.grid.tasks), ("methods", profile.grid.methods), ("seeds", profile.grid.seeds)):
         if not listed or len(set(listed)) < len(listed):
             raise ValueError(f"grid.{name} is {list(listed)}; it must name at least one, and each once")
-        missing = [n for n in listed if entries is not None and n not in entries]
-        if missing:
-            error = unknown(name[:-1], missing[0], entries)
-            raise ValueError(f"grid.{name}: {error}; each needs an entry below `{name}`, if only `{missing[0]}: {{}}`")
     _check_sources(profile.grid, profile.search)
     _check_sweep(profile.grid, profile.sweep)
 
@@ -233,7 +253,7 @@ class RunPlan:
     def values(self) -> dict[str, Any]:
         "What the run is told: `training`, then the method's entry, the task's, the sweep's size; the last one wins."
         p = self.profile
-        return {**p.training, **p.methods[self.method], **p.tasks[self.task], **self.moved}
+        return {**p.training, **p.methods.get(self.method, {}), **p.tasks.get(self.task, {}), **self.moved}
 
     def __repr__(self):
         return f"RunPlan({self.profile.profile}: {self.key})"
@@ -300,6 +320,21 @@ def _methods(grid):
         raise ValueError("grid.methods, grid.references and grid.transfer must be lists of names")
     return [*lists[0], *lists[1], *lists[2]]
 
+
+def _own_tasks(folder, names):
+    "Tasks of a profile that are read from files: `tasks/NAME.yaml` in its folder, or in the repository's root, where profiles share them."
+    places, found = list(dict.fromkeys((folder / "tasks", repository_root(folder) / "tasks"))), {}
+    for name in names:
+        file = next((place / f"{name}.yaml" for place in places if (place / f"{check_name('task', name)}.yaml").is_file()), None)
+        if file and name in TASKS:
+            raise ValueError(f"{file} has the name of a benchmark's task, whose scores it shall not be taken for; call it otherwise")
+        if file:
+            found[name] = read_task(file)
+        elif name not in TASKS:
+            known = [*TASKS, *(path.stem for place in places for path in sorted(place.glob("*.yaml")))]
+            raise ValueError(f"{unknown('task', name, known)}; a task of your own is a file tasks/{name}.yaml beside the parameter file")
+    return found
+
 # %% ../../nbs/grid/50_profiles.ipynb #02adf3c6
 def profile_files(
     root: str | Path | None = None,  # of the repository; None is the clone around the working folder
@@ -328,7 +363,7 @@ def load_profile(
             raise ValueError(f"{file}: {group} is {values[group]!r}; it must be a mapping of parameters")
     grid = {**values["grid"], "tasks": list(values["tasks"]), "methods": _methods(values["grid"])}
     entries = {group: {name: entry or {} for name, entry in values[group].items()} for group in ("methods", "tasks")}
-    profile = from_dict(Profile, {**values, **entries, "grid": grid, "file": path})
+    profile = from_dict(Profile, {**values, **entries, "grid": grid, "own": _own_tasks(path.parent, grid["tasks"]), "file": path})
     if path.parent.parent.name == "profiles" and profile.profile != path.parent.name:
         raise ValueError(f"{file} says profile {profile.profile!r}; it must be {path.parent.name!r}, as its folder is called")
     return profile
