@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from ept.data.encoding import Encoder
 from ept.data.loading import few_shot, load_task, subsample
 from ept.data.metrics import majority_score
-from ept.data.synthetic import write_datasets
+from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import SPLITS, TASKS, HubSource, Task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -605,7 +605,7 @@ def real():
 
 
 @real_data
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_real_sizes_and_majority_scores(name, real):
     data, task = real(name), TASKS[name]
     assert tuple(len(data[s]) for s in SPLITS) == SIZES[name]
@@ -653,7 +653,7 @@ def embedded_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(MAKERS))
 def test_embedded_sets_are_the_same_from_the_folder_and_from_memory(name, embedded_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = load_task(name)

@@ -2,13 +2,15 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import yaml
 
 from ept.data.loading import load_task
 from ept.data.task_files import read_task
-from ept.data.tasks import SPLITS, TASKS
+from ept.data.tasks import SPLITS
+from ept.grid.profiles import load_profile
 from tests.miniature import PARAMETERS, ROOT, Clone
 
 METHODS = ("pt", "ept", "lora")
@@ -73,11 +75,6 @@ def test_a_task_file_brings_its_rows(tmp_path):
     assert other["test"]["review"] != whole["test"]["review"], "the file's seed decides"
 
 
-def test_the_paper_is_no_limit():
-    """Nothing that a task of one's own needs stands in the list of the benchmarks."""
-    assert not {"reviews", "places"} & set(TASKS)
-
-
 @pytest.mark.parametrize("text, value", [("no", "no"), ("1.50", "1.50"), ("010", "010"), ("null", "null"), ("~", "~")])
 def test_a_label_is_the_text_that_stands_there(tmp_path, text, value):
     (tmp_path / "t.yaml").write_text(f"fields: [a]\nlabels: [{text}, zzz]\ndata: {{file: t.csv}}")
@@ -105,6 +102,44 @@ def test_copied_files_lie_beside_each_other(tmp_path):
     (other / "reviews.yaml").write_text(REVIEWS.replace("reviews.csv", "../here/reviews.csv"))
     with pytest.raises(ValueError, match="lie beside it, or below"):
         layout().copy_task(other / "reviews.yaml", tmp_path / "new")
+
+
+PROFILE = """
+profile: mine
+backbone: {name: embedded, folder: backbone}
+data: {source: embedded, folder: data}
+grid: {methods: [pt], seeds: [0]}
+search: {factors: [1, 2]}
+tasks: {reviews: {}, cola: {}}
+"""
+
+
+def test_profiles_share_the_task_files_of_the_root(tmp_path):
+    """A task file in the root's folder is found by every profile, but for one that has its own."""
+    for name in ("settings.ini", "params.yaml", "profiles/mine/params.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(PROFILE)
+    write_tasks(tmp_path / "tasks")
+    load = lambda: load_profile(tmp_path / "profiles" / "mine" / "params.yaml")
+    assert load().task("reviews").data.folder == tmp_path / "tasks"
+    write_tasks(tmp_path / "profiles" / "mine" / "tasks")
+    assert load().task("reviews").data.folder == tmp_path / "profiles" / "mine" / "tasks"
+
+
+def test_only_stages_of_an_own_task_depend_on_its_files(tmp_path):
+    (tmp_path / "params.yaml").write_text(PROFILE)
+    write_tasks(tmp_path / "tasks")
+    read = load_profile(tmp_path / "params.yaml")
+    task = read.task("reviews")
+    shared = replace(task, data=replace(task.data, folder=ROOT / "tasks"))
+    written = layout().generated(replace(read, file=ROOT / "profiles" / "mine" / "params.yaml", own={"reviews": shared}))
+    stages = lambda file: yaml.safe_load(written[file])["stages"]
+    own, cola = stages("tasks/reviews/dvc.yaml"), stages("tasks/cola/dvc.yaml")
+    assert "../../tasks/reviews.yaml" in stages("dvc.yaml")["plan"]["deps"]
+    assert own["prepare"]["deps"] == ["../../tasks/reviews.csv"] and cola["prepare"]["deps"] == ["../../data"]
+    for stage in ("prepare", "search", "train", "evaluate"):
+        assert "text.reviews" in json.dumps(own[stage]["params"]) and "reviews" not in json.dumps(cola[stage])
+        assert not any("test" in path or path == "runs/data/reviews" for path in own["search"]["deps"])
 
 
 # ---- a grid -------------------------------------------------------------------------------------------------------------
