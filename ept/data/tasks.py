@@ -10,7 +10,7 @@ __all__ = ['SPLITS', 'SPLIT_SEED', 'METRICS', 'STYLES', 'VERBALIZERS', 'TASKS', 
 import re
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -93,7 +93,7 @@ def _glue(config, train, **keywords):
 def _super_glue(config, train, **keywords):
     return HubSource("aps/super_glue", config, train, revision="3de24cf8022e94f4ee4b9d55a6f539891524d646", **keywords)
 
-# %% ../../nbs/data/01_tasks.ipynb #54fc6482
+# %% ../../nbs/data/01_tasks.ipynb #36e8b9a5
 SPLITS = ("train", "validation", "test")
 SPLIT_SEED = 42  # of splits and subsamples, the same for every run
 
@@ -107,7 +107,7 @@ class TableSource:
     test: str | None = None  # file of the test set; None: a part of the others
     label: str = "label"  # column that holds the labels, by their text or their number
     seed: int = SPLIT_SEED  # of the rows that are held out
-    folder: Path | None = None  # in which the files lie; None is the working folder
+    folder: Path | None = field(default=None, repr=False)  # in which the files lie; None is the working folder
 
     def __post_init__(self):
         if (self.file is None) == (self.train is None) or (self.file and (self.validation or self.test)):
