@@ -1,6 +1,7 @@
 """A task of one's own, from its files to the report: a grid of three methods with a search, in a miniature of the repository."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -223,10 +224,24 @@ def test_what_a_task_file_says_is_that_tasks_business(clone):
 
 
 @pytest.mark.slow
+def test_a_copy_of_a_profile_takes_its_tasks_along(clone):
+    clone.call("nbs/pipelines/layout.py", "--new", "again", "--from", "mine")
+    ours, theirs = ({p.relative_to(folder / "tasks"): p.read_text() for p in (folder / "tasks").rglob("*.*")} for folder in (clone.profile, clone.profile.with_name("again")))
+    assert {name: text for name, text in ours.items() if name.name != "dvc.lock"} == theirs
+    shared = clone.root / "tasks" / "places.yaml"
+    shutil.copytree(clone.root / "mine", shared.parent, dirs_exist_ok=True)
+    clone.call("nbs/pipelines/layout.py", "--new", "sharing", "--from", "again", "--tasks", str(shared))
+    sharing = clone.profile.with_name("sharing")
+    assert [p.name for p in (sharing / "tasks").rglob("*.*")] == ["dvc.yaml"], "a task file of the root is not copied"
+    assert "../../tasks/places/a.csv" in (sharing / "tasks/places/dvc.yaml").read_text()
+
+
+@pytest.mark.slow
 def test_a_profile_that_cannot_take_the_tasks_is_not_made(clone):
     full = {**PARAMETERS, "grid": {"methods": ["pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]}}
     clone.write(full)
-    answer = clone.call("nbs/pipelines/layout.py", "--new", "other", "--tasks", "mine/reviews.yaml", fails=True)
+    answer = clone.call("nbs/pipelines/layout.py", "--new", "other", "--from", "embedded", "--tasks", "mine/reviews.yaml", fails=True)
     assert "a source task is a task of the grid" in answer and "begin with another profile" in answer
-    assert "there is no task file mine/nowhere.yaml" in clone.call("nbs/pipelines/layout.py", "--new", "other", "--tasks", "mine/nowhere.yaml", fails=True)
+    answer = clone.call("nbs/pipelines/layout.py", "--new", "other", "--from", "embedded", "--tasks", "mine/nowhere.yaml", fails=True)
+    assert "there is no task file" in answer and "mine/nowhere.yaml" in answer
     assert not (clone.root / "profiles" / "other").exists()

@@ -117,7 +117,7 @@ def with_section(text, name, lines):
 
 
 def new_profile(name, origin, tasks=()):
-    "Make profiles/<name> with the parameters of another profile, and with these task files if there are any; its parameter file."
+    "Make profiles/<name> with the parameters of another profile, on its tasks or on those of some task files; its parameter file."
     from ept.utils.checking import check_name, unknown
     from ept.utils.files import write_atomic
     from ept.grid.profiles import load_profile, profile_files
@@ -128,13 +128,15 @@ def new_profile(name, origin, tasks=()):
         raise unknown("profile", origin, known)
     if name in known or (ROOT / "profiles" / name).exists():
         raise ValueError(f"there is a profile {name!r} already; choose another name, or edit {known.get(name, ROOT / 'profiles' / name)}")
-    text, count = re.subn(r"(?m)^profile:[^#\n]*", lambda _: f"profile: {name}  ", known[origin].read_text(), count=1)
+    text, count = re.subn(r"(?m)^profile:[^#\n]*?(?=\s*$|\s+#)", f"profile: {name}", known[origin].read_text(), count=1)
     if not count:
         raise ValueError(f"{known[origin]} has no line `profile: {origin}`")
-    folder = ROOT / "profiles" / name
+    text = re.sub(r"\A(#.*\n)*", f"# Profile `{name}`: it began with the parameters of `{origin}`.\n", text)
+    folder, shared = ROOT / "profiles" / name, ROOT / "tasks"  # a task file in the root's folder is found by every profile
+    files = [Path(file).resolve() for file in tasks] or [task.data.folder / f"{own}.yaml" for own, task in load_profile(known[origin]).own.items()]
     try:
-        names = [copy_task(file, folder / "tasks") for file in tasks]
-        file = write_atomic(folder / "params.yaml", with_tasks(text, names) if names else text)
+        names = [file.stem if file.parent == shared else copy_task(file, folder / "tasks") for file in files]
+        file = write_atomic(folder / "params.yaml", with_tasks(text, names) if tasks else text)
         write_layout(load_profile(file))
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
