@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= embedded
 FROM ?= embedded
+TASKS ?=
 JOBS ?= 2
 NAME ?=
 BIN := $(VENV)/bin
@@ -41,8 +42,8 @@ reproduce: $(READY) $(WEIGHTS)  ## the whole grid of PROFILE, from the rows to t
 status: $(READY)  ## what `make reproduce` would do, and why
 	@cd $(FOLDER) && $(CURDIR)/$(BIN)/dvc status
 
-profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FROM
-	@$(BIN)/python nbs/pipelines/layout.py --new "$(NAME)" --from "$(FROM)"
+profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FROM; TASKS="reviews.yaml": on tasks of your own
+	@$(BIN)/python nbs/pipelines/layout.py --new "$(NAME)" --from "$(FROM)" $(if $(TASKS),--tasks $(TASKS))
 
 pipeline: $(READY)  ## the files of DVC, written from every params.yaml (`make reproduce` does it for its profile)
 	@$(BIN)/python nbs/pipelines/layout.py

@@ -17,7 +17,7 @@ ROWS, LONGEST = 2000, 256
 def main(folder):
     sys.path.insert(0, str(ROOT))
     from ept import TASKS, load_backbone, load_task
-    from ept.data.loading import Encoder
+    from ept.data.encoding import Encoder
 
     tokenizer, counts = load_backbone("smollm2").tokenizer, {"fields": {}, "question": {}}
     for task in TASKS:

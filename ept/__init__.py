@@ -6,6 +6,7 @@ __version__ = "0.0.1"
 
 _HOMES = {
     "data.tasks": ("TASKS", "Task", "get_task"),
+    "data.task_files": ("read_task",),
     "data.loading": ("load_task",),
     "prompt.soft": ("EPTConfig",),
     "model.backbone": ("Backbone", "load_backbone"),

@@ -15,7 +15,9 @@ from tests.conftest import byte_tokenizer, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "results", "data", "backbone", "tasks", "profiles", "bench", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
+OF_THE_ROOT = {".git", ".venv", "runs", "results", "data", "backbone", "tasks", "profiles", "bench"}
+ANYWHERE = shutil.ignore_patterns("cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
+LEFT_OUT = lambda folder, names: ANYWHERE(folder, names) | (OF_THE_ROOT if Path(folder) == ROOT else set())
 
 PARAMETERS = {
     "profile": "embedded",

@@ -18,10 +18,11 @@ from tests.conftest import byte_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
-from ept.data.loading import SPLITS, Encoder, few_shot, load_task, subsample
+from ept.data.encoding import Encoder
+from ept.data.loading import few_shot, load_task, subsample
 from ept.data.metrics import majority_score
-from ept.data.synthetic import write_datasets
-from ept.data.tasks import TASKS, HubSource, Task
+from ept.data.synthetic import MAKERS, write_datasets
+from ept.data.tasks import SPLITS, TASKS, HubSource, Task
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = SHARED / "data"
@@ -299,7 +300,7 @@ def test_a_broken_file_is_named(tmp_path):
         (lambda f: "tikets.csv", "there is no file tikets.csv"),
         (lambda f: "some/folder", "there is no file some/folder"),
         (lambda f: "locall", "unknown source 'locall'; did you mean 'local'?"),
-        (lambda f: "hub", "is not one of the benchmarks"),
+        (lambda f: "hub", "is none of the benchmarks"),
         (lambda f: tickets().assign(label="bill"), "row 0, column 'label': 'bill' is no label of task 'tickets'; it must be one of"),
         (lambda f: tickets().rename(columns={"body": "text"}), "the table given for split 'train': column 'body' is missing"),
         (lambda f: tickets(1), "split 'train': the split is empty"),
@@ -604,7 +605,7 @@ def real():
 
 
 @real_data
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(SIZES))
 def test_real_sizes_and_majority_scores(name, real):
     data, task = real(name), TASKS[name]
     assert tuple(len(data[s]) for s in SPLITS) == SIZES[name]
@@ -652,7 +653,7 @@ def embedded_folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", list(MAKERS))
 def test_embedded_sets_are_the_same_from_the_folder_and_from_memory(name, embedded_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = load_task(name)

@@ -15,7 +15,8 @@ import yaml
 from torch.testing import assert_close
 
 from ept.model.backbone import keep_freed_memory, load_backbone
-from ept.data.loading import Encoder, load_task
+from ept.data.encoding import Encoder
+from ept.data.loading import load_task
 from ept.data.metrics import score_task
 from ept.methods.registry import build_method
 from ept.model.modeling import EPTModel

@@ -17,7 +17,7 @@ from ept.grid.configuration import check, resolve
 from ept.utils.fingerprints import import_closure
 from ept.grid.profiles import SWEPT, load_profile, profile_files
 from ept.prompt.soft import EPTConfig
-from ept.data.synthetic import write_datasets
+from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,7 +136,6 @@ grid: {references: [frozen], methods: [pt, ept], transfer: [spot], sources: [sst
 search: {factors: [0.5, 1, 2], steps: 2}
 sweep: {tasks: [cola], seeds: [0], sizes: [rank-1]}
 training: {steps: 4}
-methods: {frozen: {}, pt: {}, ept: {}, spot: {}}
 tasks: {sst2: {}, cola: {}}
 """
 
@@ -203,11 +202,13 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
 
 
 def test_a_stage_depends_on_its_own_parameters(grid):
-    own = {("params.yaml", "training"), ("params.yaml", "methods.${item.method}"), ("params.yaml", "tasks.sst2")}
+    method = ("plan.json", "methods.${item.method}")
+    own = {("params.yaml", "training"), method, ("params.yaml", "tasks.sst2")}
     assert parameters(grid["train"]) == own | {("plan.json", "code.train")}
     assert parameters(grid["search"]) == own | {("plan.json", "code.search"), ("params.yaml", "search")}
     assert parameters(grid["evaluate"]) == {("plan.json", "code.evaluate")} and parameters(grid["source"]) == {("plan.json", "code.source")}
-    assert parameters(grid["reference"]) == {("plan.json", "code.reference"), ("plan.json", "text.sst2"), ("params.yaml", "methods.${item.method}")}
+    assert parameters(grid["reference"]) == {("plan.json", "code.reference"), ("plan.json", "text.sst2"), method}
+    assert parameters(grid["prepare"]) == {("plan.json", "code.prepare"), ("params.yaml", "data")}
     assert parameters(grid["plan"]) == {("params.yaml", "*")}
 
 
@@ -306,7 +307,7 @@ def test_data_and_backbone_come_with_the_clone(name):
     assert out["nfiles"] == len(listing) and all(remote(entry["md5"]).is_file() for entry in listing)
     paths = [entry["relpath"] for entry in listing]
     if name == "data":
-        assert all(any(path.startswith(task.hub.folder + "/") for path in paths) for task in TASKS.values())
+        assert all(any(path.startswith(TASKS[made].hub.folder + "/") for path in paths) for made in MAKERS)
     else:
         assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(paths) and out["size"] < 6_000_000
 

@@ -22,8 +22,8 @@ def words(frame):
     return {w for row in texts(frame) for v in row for w in re.findall(r"\w+", v.lower())}
 
 
-def test_every_task_is_made():
-    assert set(MAKERS) == set(TASKS)
+def test_rows_are_made_for_known_tasks():
+    assert len(MAKERS) == 13 and set(MAKERS) <= set(TASKS), "the paper's; another task needs no grammar"
 
 
 @pytest.mark.parametrize("name", list(MAKERS))
@@ -91,7 +91,7 @@ def test_same_bytes_each_time(tmp_path):
     once = {f.relative_to(tmp_path / "a"): f.read_bytes() for f in write_datasets(tmp_path / "a")}
     again = {f.relative_to(tmp_path / "b"): f.read_bytes() for f in write_datasets(tmp_path / "b")}
     assert once == again
-    assert {str(f.parent) for f in once} == {TASKS[n].hub.folder for n in TASKS}
+    assert {str(f.parent) for f in once} == {TASKS[n].hub.folder for n in MAKERS}
 
 
 def test_file_holds_the_features(made, tmp_path):

@@ -1,4 +1,4 @@
-"""The 13 tasks say what the benchmarks are, and a user's own task is checked before anything trains."""
+"""The paper's 13 tasks say what the benchmarks are, and a user's own task is checked before anything trains."""
 
 import dataclasses
 import pickle
@@ -26,8 +26,8 @@ TABLE = {
 }
 
 
-def test_there_are_13_in_order():
-    assert list(TASKS) == list(TABLE)
+def test_the_papers_13_are_there_in_order():
+    assert [name for name in TASKS if name in TABLE] == list(TABLE) and len(TABLE) == 13
     assert all(name == task.name for name, task in TASKS.items())
 
 
@@ -84,7 +84,7 @@ def test_render_says_where_the_fields_are(style):
 
 
 def test_metrics_in_use_are_known():
-    assert {metric for task in TASKS.values() for metric in task.metrics} == set(METRICS)
+    assert {metric for task in TASKS.values() for metric in task.metrics} <= set(METRICS)
 
 
 def test_tasks_travel_between_processes():

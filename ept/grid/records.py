@@ -23,7 +23,6 @@ from ..model.modeling import EPTModel
 from .preparation import read_rows
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
-from ..data.tasks import get_task
 
 # %% ../../nbs/grid/55_records.ipynb #647b6605
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "scikit-learn")
@@ -57,7 +56,7 @@ def make_record(
     gates: list | None = None,  # gate weights, [m, K]
 ) -> dict:
     "Everything a run found out, with its whole configuration."
-    task = get_task(plan.task)
+    task = plan.profile.task(plan.task)
     number = {m: metrics["n_groups"] if m == "exact_match" else metrics["n"] for m in task.metrics}
     return {
         "format_version": 2,
@@ -120,7 +119,7 @@ def write_result(
 ) -> dict:  # the record
     "Write the predictions of a run, then its record."
     table = pd.DataFrame({"label": found.labels, "prediction": found.predictions})
-    if group := get_task(plan.task).group:
+    if group := plan.profile.task(plan.task).group:
         table["group"] = pd.factorize(pd.Series(list(data["test"][group])))[0]
     paths = Paths(plan.profile)
     write_atomic(paths.record("predictions", plan.key), table.to_csv(index_label="index", float_format="%.4f"))
@@ -137,7 +136,7 @@ def evaluate_run(
     if not adapter.is_dir():
         raise FileNotFoundError(f"{adapter} is missing; run the train stage of {plan.key} first (make reproduce)")
     backbone = open_backbone(plan.profile)
-    found = evaluate(adapter, task=plan.task, backbone=backbone, data=data, split="test")
+    found = evaluate(adapter, task=plan.profile.task(plan.task), backbone=backbone, data=data, split="test")
     saved, history = _saved(adapter)
     record = make_record(plan, backbone, data, saved, found.metrics, history, gate_weights(adapter, backbone))
     return write_result(plan, record, found, data)

@@ -23,6 +23,6 @@ def evaluate_reference(
     backbone, data = open_backbone(plan.profile), read_rows(Paths(plan.profile).data(plan.task))
     model = build_method(plan.method, backbone.model, backbone.tokenizer, **sizes)
     text = {"max_length": model.prompt_config.max_length, "verbalizer": training.verbalizer}
-    found = evaluate(model, plan.task, backbone, data, split="test", **text)
+    found = evaluate(model, plan.profile.task(plan.task), backbone, data, split="test", **text)
     saved = text | {"role": get_method(plan.method).role, "trainable_parameters": model.num_trainable_parameters(), "adapter_bytes": 0, "chosen_step": 0, "code": None}
     return write_result(plan, make_record(plan, backbone, data, saved, found.metrics), found, data)

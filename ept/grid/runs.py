@@ -110,7 +110,7 @@ def _try(plan):
         options = {"training": scale_rates(shorten(training, search.steps), factor), "sizes": sizes, "workers": load_settings().workers}
         places = {"output_dir": folder / f"{factor}-adapter", "checkpoint_dir": folder / f"{factor}", "source_prompts": source_folders(plan)}
         try:
-            scores[factor] = round(train(plan.task, plan.method, plan.seed, backbone, rows, **options, **places).validation_score, 4)
+            scores[factor] = round(train(plan.profile.task(plan.task), plan.method, plan.seed, backbone, rows, **options, **places).validation_score, 4)
         except NonFiniteLoss:
             scores[factor] = None
     shutil.rmtree(folder)
@@ -135,7 +135,7 @@ def train_run(
     factor = chosen_factor(plan) if searched else 1.0
     backbone = open_backbone(plan.profile, get_method(plan.method).precision)
     run = train(
-        plan.task, plan.method, plan.seed, backbone, read_rows(paths.data(plan.task)), source_prompts=source_folders(plan),
+        plan.profile.task(plan.task), plan.method, plan.seed, backbone, read_rows(paths.data(plan.task)), source_prompts=source_folders(plan),
         output_dir=paths.adapter(plan.key), checkpoint_dir=paths.checkpoint(plan.key),
         training=scale_rates(training, factor), sizes=sizes, workers=load_settings().workers,
     )  # fmt: skip

@@ -136,10 +136,8 @@ def ungrouped(
     table: ScoreTable,
 ) -> list[str]:
     "Tasks whose rows belong together, while their records do not say how."
-    from ept.data.tasks import get_task
-
     known = table.runs[table.runs["predictions"].notna() & table.runs["groups"].isna()]
-    return [t for t in dict.fromkeys(known["task"]) if get_task(t).group]
+    return [t for t in dict.fromkeys(known["task"]) if table.profile.task(t).group]
 
 
 def _signs(table):

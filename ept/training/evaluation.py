@@ -13,7 +13,8 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from ..model.backbone import Backbone
-from ..data.loading import Encoder, load_task
+from ..data.encoding import Encoder
+from ..data.loading import load_task
 from ..data.metrics import score_task
 from ..model.modeling import EPTModel
 from .ranking import predict, rank_labels

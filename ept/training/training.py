@@ -23,7 +23,8 @@ import torch
 from datasets import DatasetDict
 
 from ..model.backbone import Backbone, fingerprint
-from ..data.loading import Encoder, load_task
+from ..data.encoding import Encoder
+from ..data.loading import load_task
 from ..utils.files import write_atomic, write_json
 from ..utils.fingerprints import code_version
 from ..methods.catalogue import module_of

@@ -2,16 +2,18 @@
 
     python nbs/pipelines/layout.py                            # write those of all profiles
     python nbs/pipelines/layout.py --new mine --from smollm2  # a new profile in profiles/mine, a copy of another
+    python nbs/pipelines/layout.py --new mine --tasks a.yaml  # the same on tasks of one's own
 
 A profile is a folder: the repository's root for the default one, profiles/<name> for the others. Each of those is a DVC project
 of its own (a subdirectory project, as `dvc init --subdir` makes it), so that a command in one reads no stage of another:
 `dvc status` in the root is about the default profile, `cd profiles/smollm2 && dvc repro` about that one.
 
-What a person edits is params.yaml. Methods, seeds and all numbers in it are read by DVC itself. Only what DVC cannot express is
+What a person edits is params.yaml, and the files of tasks of one's own. Methods, seeds and all numbers in it are read by DVC itself. Only what DVC cannot express is
 written here: one dvc.yaml for each task of the list, and which kinds of stages there are at all.
 """
 
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -44,8 +46,21 @@ def generated(profile):
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
     write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, **values)
-    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=lists) for task in profile.grid.tasks}
-    return project | {"dvc.yaml": write("profile.yaml.jinja")} | tasks
+    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=lists, files=rows_of(profile, task, root)) for task in profile.grid.tasks}
+    task_files = [seen_from(folder, task.data.folder / f"{name}.yaml") for name, task in profile.own.items()]
+    return project | {"dvc.yaml": write("profile.yaml.jinja", task_files=task_files)} | tasks
+
+
+def seen_from(folder, file):
+    "Path of a file, relative to a folder."
+    return Path(os.path.relpath(file, folder)).as_posix()
+
+
+def rows_of(profile, task, root):
+    "Files or folders of this repository in which a task's rows lie, relative to the profile's folder; none for the benchmarks."
+    if task in profile.own:
+        return [seen_from(profile.file.parent, file) for file in profile.own[task].data.files.values()]
+    return [f"{root}{profile.data.folder}"] if profile.data.folder else []
 
 
 def differences(profile):
@@ -68,8 +83,41 @@ def write_layout(profile):
     return [*other, *left]
 
 
-def new_profile(name, origin):
-    "Make profiles/<name> with the parameters of another profile; its parameter file."
+def copy_task(file, folder):
+    "Copy a task file and the files that it names into a folder, under the same names; the task's name."
+    from ept.data.task_files import read_task
+
+    task = read_task(file)
+    for source in (Path(file), *task.data.files.values()):
+        name = seen_from(task.data.folder, source)
+        if Path(name).is_absolute() or name.startswith(".."):
+            raise ValueError(f"{file} names {name}; the files of a task lie beside it, or below, so that they can be copied together")
+        if not source.is_file():
+            raise FileNotFoundError(f"{file} names {name}, but there is no file {source}")
+        target = folder / name
+        if target.exists() and target.read_bytes() != source.read_bytes():
+            raise ValueError(f"two tasks name different files {name}; call one of them otherwise")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    return task.name
+
+
+def with_tasks(text, names):
+    "The text of a parameter file with other tasks, whose rows lie where their files say."
+    text = with_section(text, "data", ["source: own  # each task names its files"])
+    return with_section(text, "tasks", [f"{name}: {{}}" for name in names])
+
+
+def with_section(text, name, lines):
+    "The text of a parameter file with other lines in one section; a comment in the section's first line stays."
+    head, body = rf"^{name}:[^#\n]*(#[^\n]*)?(?:\n|\Z)", r"(?:(?:[ \t]*\n)*[ \t]+\S[^\n]*(?:\n|\Z))*"
+    found = re.search(f"(?m){head}{body}", text)
+    section = "\n  ".join([f"{name}:" + (f"  {found[1]}" if found[1] else ""), *lines]) + "\n"
+    return text[: found.start()] + section + text[found.end() :]
+
+
+def new_profile(name, origin, tasks=()):
+    "Make profiles/<name> with the parameters of another profile, on its tasks or on those of some task files; its parameter file."
     from ept.utils.checking import check_name, unknown
     from ept.utils.files import write_atomic
     from ept.grid.profiles import load_profile, profile_files
@@ -80,14 +128,20 @@ def new_profile(name, origin):
         raise unknown("profile", origin, known)
     if name in known or (ROOT / "profiles" / name).exists():
         raise ValueError(f"there is a profile {name!r} already; choose another name, or edit {known.get(name, ROOT / 'profiles' / name)}")
-    text, count = re.subn(r"(?m)^profile:[^#\n]*", lambda _: f"profile: {name}  ", known[origin].read_text(), count=1)
+    text, count = re.subn(r"(?m)^profile:[^#\n]*?(?=\s*$|\s+#)", f"profile: {name}", known[origin].read_text(), count=1)
     if not count:
         raise ValueError(f"{known[origin]} has no line `profile: {origin}`")
-    file = write_atomic(ROOT / "profiles" / name / "params.yaml", text)
+    text = re.sub(r"\A(#.*\n)*", f"# Profile `{name}`: it began with the parameters of `{origin}`.\n", text)
+    folder, shared = ROOT / "profiles" / name, ROOT / "tasks"  # a task file in the root's folder is found by every profile
+    files = [Path(file).resolve() for file in tasks] or [task.data.folder / f"{own}.yaml" for own, task in load_profile(known[origin]).own.items()]
     try:
+        names = [file.stem if file.parent == shared else copy_task(file, folder / "tasks") for file in files]
+        file = write_atomic(folder / "params.yaml", with_tasks(text, names) if tasks else text)
         write_layout(load_profile(file))
-    except BaseException:
-        shutil.rmtree(file.parent)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, ValueError) and "grid." in str(error) and tasks:
+            raise ValueError(f"{error}. The grid of {origin!r} needs its own tasks; begin with another profile, or without tasks, and edit params.yaml") from error
         raise
     return file
 
@@ -97,13 +151,14 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new", metavar="NAME", help="make a new profile of this name")
     parser.add_argument("--from", dest="origin", metavar="PROFILE", default="embedded", help="whose parameters it begins with")
+    parser.add_argument("--tasks", metavar="FILE", nargs="*", default=[], help="task files, in place of the tasks of those parameters")
     chosen = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     from ept.grid.profiles import load_profile, profile_files
 
     try:
         if chosen.new is not None:
-            file = new_profile(chosen.new, chosen.origin)
+            file = new_profile(chosen.new, chosen.origin, chosen.tasks)
             print(f"edit {file.relative_to(ROOT)}, then: make reproduce PROFILE={chosen.new}")
             return 0
         for name, file in profile_files(ROOT).items():

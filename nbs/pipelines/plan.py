@@ -1,8 +1,9 @@
-"""The plan of a profile: its parameters checked, and a fingerprint of the code of every stage, in results/plan.json.
+"""The plan of a profile: its parameters checked, and what its stages depend on beside their files, in results/plan.json.
 
     python nbs/pipelines/plan.py  # in the folder of a profile
 
-Every stage depends on its part of this small file, so this runs before anything else does, and nothing runs where it fails. It
+It holds a fingerprint of the code of every stage, what each method is told, and what is said about the text of each task. Every
+stage depends on its part of this small file, so this runs before anything else does, and nothing runs where it fails. It
 imports nothing heavy: whether methods and their parameters exist is asked by the first stage that trains.
 """
 
@@ -26,6 +27,7 @@ def write_plan(file="params.yaml"):
         raise ValueError(f"{', '.join((*other, *left))} {'is' if len((*other, *left)) == 1 else 'are'} not what {file} asks for; run: make pipeline")
     plan = {
         "code": {notebook.stem: code_version(notebook) for notebook in sorted(HERE.glob("*.ipynb"))},
+        "methods": {method: {"parameters": profile.methods.get(method, {})} for method in profile.grid.methods},
         "text": {task: profile.text(task) for task in profile.grid.tasks},
     }
     write_json(Paths(profile).plan, plan)
