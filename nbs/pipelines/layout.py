@@ -34,6 +34,7 @@ def generated(profile):
     "Path below the profile's folder -> text, of every file that is written for a profile."
     import jinja2
 
+    from ept.methods.catalogue import catalogue
     from ept.utils.fingerprints import import_closure
 
     folder = profile.file.parent
@@ -41,7 +42,7 @@ def generated(profile):
     notebooks = sorted(p.name for p in Path(__file__).parent.glob("*.ipynb"))
     code = ["ept", "nbs/pipelines"]
     if project:  # outside of a project DVC ignores no caches, so each file is named
-        reached = {file.relative_to(ROOT).as_posix() for notebook in notebooks for file in import_closure(Path(__file__).with_name(notebook)).values()}
+        reached = {file.relative_to(ROOT).as_posix() for entry in (*map(Path(__file__).with_name, notebooks), *catalogue().values()) for file in import_closure(entry).values()}
         code = [f"{root}{name}" for name in sorted(reached)] + [f"{root}nbs/pipelines/{name}" for name in notebooks]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]

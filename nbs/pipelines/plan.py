@@ -4,7 +4,7 @@
 
 It holds a fingerprint of the code of every stage, what each method is told, and what is said about the text of each task. Every
 stage depends on its part of this small file, so this runs before anything else does, and nothing runs where it fails. It
-imports nothing heavy: whether methods and their parameters exist is asked by the first stage that trains.
+imports nothing heavy: whether parameters exist and have allowed values is asked by the first stage that trains.
 """
 
 import sys
@@ -16,18 +16,23 @@ ROOT = HERE.parents[1]
 
 def write_plan(file="params.yaml"):
     "Check a parameter file and write the plan beside its results; the plan."
+    from ept.grid.profiles import Paths, load_profile
+    from ept.methods.catalogue import catalogue
+    from ept.utils.checking import unknown
     from ept.utils.files import write_json
     from ept.utils.fingerprints import code_version
-    from ept.grid.profiles import Paths, load_profile
     from layout import differences
 
-    profile = load_profile(file)
+    profile, known = load_profile(file), catalogue()
+    for method in (*profile.grid.methods, *profile.methods):
+        if method not in known:
+            raise ValueError(f"{file}: {unknown('method', method, known)}")
     other, left = differences(profile)
     if other or left:
         raise ValueError(f"{', '.join((*other, *left))} {'is' if len((*other, *left)) == 1 else 'are'} not what {file} asks for; run: make pipeline")
     plan = {
         "code": {notebook.stem: code_version(notebook) for notebook in sorted(HERE.glob("*.ipynb"))},
-        "methods": {method: {"parameters": profile.methods.get(method, {})} for method in profile.grid.methods},
+        "methods": {method: {"code": code_version(known[method]), "parameters": profile.methods.get(method, {})} for method in profile.grid.methods},
         "text": {task: profile.text(task) for task in profile.grid.tasks},
     }
     write_json(Paths(profile).plan, plan)
