@@ -6,27 +6,22 @@
 __all__ = ['describe_scores', 'describe_comparison', 'describe_ranks', 'describe_parameters', 'describe_time',
            'describe_ablations', 'describe_sweep', 'describe_curves', 'describe_gates']
 
-# %% ../../nbs/report/63a_descriptions.ipynb #6f963e18
+# %% ../../nbs/report/63a_descriptions.ipynb #3d9b6efb
 import math
 
 import numpy as np
 
 from .figures import ablated, first_gates, time_axis
-from .results import SIZES, ScoreTable, sweep_mean, sweep_points
+from .results import SIZES, ScoreTable, counted, sweep_mean, sweep_points
 from .statistics import ranks
 from .tables import curves
 
-# %% ../../nbs/report/63a_descriptions.ipynb #6b255b90
-def _count(number, word):
-    "A number and its noun."
-    return f"{number} {word}{'' if number == 1 else 's'}"
-
-
+# %% ../../nbs/report/63a_descriptions.ipynb #e4cf7303
 def describe_scores(
     table: ScoreTable,
 ) -> str:
     "On how many tasks the proposed method, or the best one, leads."
-    text = f"Scores with intervals of {_count(len(table.methods), 'method')}, {_count(len(table.tasks), 'task')} in a panel each."
+    text = f"Scores with intervals of {counted(len(table.methods), 'method')}, {counted(len(table.tasks), 'task')} in a panel each."
     wide = table.scores(table.contenders).dropna(how="all")
     wide = wide[wide.notna().sum(axis=1) > 1]
     own = table.proposed if table.proposed in wide else wide.mean().idxmax() if wide.size else None
@@ -34,13 +29,13 @@ def describe_scores(
         return text
     lead = (wide[own] - wide.drop(columns=own).max(axis=1)).dropna()
     ahead, behind = lead[lead >= 0], lead[lead < 0]
-    text += f" {own} leads on {len(ahead)} of {_count(len(lead), 'task')}"
+    text += f" {own} leads on {len(ahead)} of {counted(len(lead), 'task')}"
     text += f"; its largest lead is {ahead.max():.1f} points, on {ahead.idxmax()}" if len(ahead) else ""
     text += f"; its largest gap behind the best method is {-behind.min():.1f} points, on {behind.idxmin()}" if len(behind) else ""
     near = int(table.cells["near_floor"].sum())
-    return text + f". {near} of {_count(len(table.cells), 'interval')} {'reaches' if near == 1 else 'reach'} down to a constant answer."
+    return text + f". {near} of {counted(len(table.cells), 'interval')} {'reaches' if near == 1 else 'reach'} down to a constant answer."
 
-# %% ../../nbs/report/63a_descriptions.ipynb #3f882cbe
+# %% ../../nbs/report/63a_descriptions.ipynb #f05b778a
 def describe_comparison(
     table: ScoreTable,
 ) -> str:
@@ -49,7 +44,7 @@ def describe_comparison(
     named = lambda verdict: found[found["verdict"] == verdict]["method"].tolist()
     listed = lambda names: f"{len(names)} ({', '.join(names)})" if names else "none"
     top, low = found.loc[found["difference"].idxmax()], found.loc[found["difference"].idxmin()]
-    return (f"Differences of {table.proposed} to {_count(len(found), 'method')}, with intervals. It is ahead of {listed(named('win'))}, behind {listed(named('loss'))}, and ties with "
+    return (f"Differences of {table.proposed} to {counted(len(found), 'method')}, with intervals. It is ahead of {listed(named('win'))}, behind {listed(named('loss'))}, and ties with "
             f"{listed(named('tie'))}. The differences go from {top['difference']:+.1f} points ({top['method']}) to {low['difference']:+.1f} ({low['method']}).")  # fmt: skip
 
 
@@ -59,7 +54,7 @@ def describe_ranks(
     "The best and the worst mean rank, and that of the proposed method."
     placed = ranks(table.scores(table.contenders))
     mean, critical, own = placed.mean().sort_values(kind="stable"), table.critical_difference(), table.proposed
-    text = f"Mean ranks of {_count(len(mean), 'method')} over {_count(len(placed), 'task')}, from {mean.iloc[0]:.1f} ({mean.index[0]}) to {mean.iloc[-1]:.1f} ({mean.index[-1]})."
+    text = f"Mean ranks of {counted(len(mean), 'method')} over {counted(len(placed), 'task')}, from {mean.iloc[0]:.1f} ({mean.index[0]}) to {mean.iloc[-1]:.1f} ({mean.index[-1]})."
     if own in mean:
         text += f" {own} is at {mean[own]:.1f}, place {list(mean.index).index(own) + 1}."
         near = [m for m in mean.index if m != own and abs(mean[m] - mean[own]) < critical]
@@ -67,13 +62,13 @@ def describe_ranks(
         text += "" if math.isnan(critical) else f" {closer} closer to it than the critical difference, {critical:.1f}."
     return text
 
-# %% ../../nbs/report/63a_descriptions.ipynb #e52b6238
+# %% ../../nbs/report/63a_descriptions.ipynb #90678565
 def _cost(table, column, unit):
     "The best method, the proposed one, and who is better than it for less."
     found = table.overall().set_index("method").dropna(subset=["score", column])
     paid, own = found[found[column] > 0].sort_values("score", ascending=False, kind="stable"), table.proposed
     said = lambda m: f"{paid['score'][m]:.1f} points at {unit(paid[column][m])}"
-    text = f"Mean scores of {_count(len(paid), 'method')} against what they cost. The highest is that of {paid.index[0]}, {said(paid.index[0])}."
+    text = f"Mean scores of {counted(len(paid), 'method')} against what they cost. The highest is that of {paid.index[0]}, {said(paid.index[0])}."
     if own not in paid.index:
         return text
     better = [m for m in paid.index if paid["score"][m] > paid["score"][own] and paid[column][m] < paid[column][own]]
@@ -95,7 +90,7 @@ def describe_time(
     column, _ = time_axis(table)
     return _cost(table, column, lambda value: f"{value:.2f} of the training time of pt" if column == "time_of_pt" else f"{value:.1f} seconds of training")
 
-# %% ../../nbs/report/63a_descriptions.ipynb #1ec197ed
+# %% ../../nbs/report/63a_descriptions.ipynb #44d9f205
 def describe_ablations(
     table: ScoreTable,
 ) -> str:
@@ -104,7 +99,7 @@ def describe_ablations(
     for method, name in ablated(table).items():
         own = found[found["method"] == method]["verdict"].tolist()
         mean = table.difference(table.proposed, method).value
-        parts.append(f"{name}: {mean:+.1f} points in the mean, ahead on {own.count('win')} and behind on {own.count('loss')} of {_count(len(own), 'task')}")
+        parts.append(f"{name}: {mean:+.1f} points in the mean, ahead on {own.count('win')} and behind on {own.count('loss')} of {counted(len(own), 'task')}")
     return f"How far {table.proposed} is ahead of itself with a part taken away. {'; '.join(parts)}."
 
 
@@ -118,15 +113,15 @@ def describe_sweep(
         mean, name = sweep_mean(points), SIZES[swept].split(",")[0]
         if len(mean):
             parts.append(f"{name}: highest mean score {mean.max():.1f} at {mean.idxmax()}, lowest {mean.min():.1f} at {mean.idxmin()}" + (f", {mean[usual]:.1f} at the grid's own {usual}" if usual in mean.index else ""))
-    return f"Scores on {_count(table.sweep['task'].nunique(), 'task')} as a size moves. {'; '.join(parts) or 'No task has all values of a size'}."
+    return f"Scores on {counted(table.sweep['task'].nunique(), 'task')} as a size moves. {'; '.join(parts) or 'No task has all values of a size'}."
 
-# %% ../../nbs/report/63a_descriptions.ipynb #135b4a9c
+# %% ../../nbs/report/63a_descriptions.ipynb #fab86568
 def describe_curves(
     table: ScoreTable,
 ) -> str:
     "Where the mean validation score begins and ends."
     found, trained = curves(table), table.runs[table.runs["history"].map(lambda h: bool(h and h["step"]))]["method"].nunique()
-    text = f"Validation scores of {_count(trained, 'method')} during training, {_count(len(table.tasks), 'task')} in a panel each."
+    text = f"Validation scores of {counted(trained, 'method')} during training, {counted(len(table.tasks), 'task')} in a panel each."
     if not len(found):
         return text
     last = found.groupby("method", sort=False)["score"].last()
@@ -144,5 +139,5 @@ def describe_gates(
     low, high = min(map(np.min, gates.values())), max(map(np.max, gates.values()))
     far = {task: float(np.abs(weights - 1 / weights.shape[1]).mean()) for task, weights in gates.items()}
     most, least, spaces = max(far, key=far.get), min(far, key=far.get), max(g.shape[1] for g in gates.values())
-    text = f"Weights of {_count(spaces, 'space')} for each prompt token of {table.proposed}, a strip for each of {_count(len(gates), 'task')}: between {low:.2f} and {high:.2f}, where an equal share is {1 / spaces:.2f}."
+    text = f"Weights of {counted(spaces, 'space')} for each prompt token of {table.proposed}, a strip for each of {counted(len(gates), 'task')}: between {low:.2f} and {high:.2f}, where an equal share is {1 / spaces:.2f}."
     return text + (f" They stray most from it on {most}, by {far[most]:.3f} on the average, and least on {least}, by {far[least]:.3f}." if len(gates) > 1 else f" They stray from it by {far[most]:.3f} on the average.")

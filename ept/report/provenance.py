@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FORMAT', 'STAGES', 'provenance', 'present_code', 'caveats']
 
-# %% ../../nbs/report/61a_provenance.ipynb #3349ed17
+# %% ../../nbs/report/61a_provenance.ipynb #04b51426
 from collections import Counter
 
-from .results import ScoreTable
+from .results import ScoreTable, counted
 from ..utils.fingerprints import code_version
 
-# %% ../../nbs/report/61a_provenance.ipynb #630c7252
+# %% ../../nbs/report/61a_provenance.ipynb #768dc008
 FORMAT = 2  # of the records that evaluation writes today
 
 
@@ -38,17 +38,12 @@ def _packages(record):
     return ", ".join(f"{name} {version}" for name, version in (record.get("packages") or {}).items())
 
 
-def _counted(values):
+def _tally(values):
     "Each value once, the most frequent first, with its number of runs where there are several."
     found = Counter(value for value in values if value).most_common()
-    return "; ".join(f"{value} ({_runs(count)})" if len(found) > 1 else value for value, count in found) or "not recorded"
+    return "; ".join(f"{value} ({counted(count, 'run')})" if len(found) > 1 else value for value, count in found) or "not recorded"
 
-
-def _runs(number):
-    "A number of runs."
-    return f"{number} run{'' if number == 1 else 's'}"
-
-# %% ../../nbs/report/61a_provenance.ipynb #2e0ce43a
+# %% ../../nbs/report/61a_provenance.ipynb #0da9539e
 STAGES = {"train": "training", "evaluate": "evaluation", "": "all stages"}  # of a fingerprint of the code
 
 
@@ -58,19 +53,19 @@ def provenance(
     "Command, records, code, backbone, packages and hardware of a report."
     there = _records(table)
     formats = sorted({str(r["format_version"]) for r in there if r.get("format_version")})
-    code = [f"{name} {_counted(_code(r).get(stage) and f'`{_code(r)[stage]}`' for r in there)}" for stage, name in STAGES.items() if any(stage in _code(r) for r in there)]
-    hardware = [f"{name}, {_runs(count)}" if len(table.machines) > 1 else name for name, count in table.machines.items()]
+    code = [f"{name} {_tally(_code(r).get(stage) and f'`{_code(r)[stage]}`' for r in there)}" for stage, name in STAGES.items() if any(stage in _code(r) for r in there)]
+    hardware = [f"{name}, {counted(count, 'run')}" if len(table.machines) > 1 else name for name, count in table.machines.items()]
     return [
         ("Command", f"`make reproduce PROFILE={table.profile.profile}`"),
-        ("Records", f"{len(there)} of {_runs(len(table.runs))}" + (f", format {' and '.join(formats)}" if formats else "")),
+        ("Records", f"{len(there)} of {counted(len(table.runs), 'run')}" + (f", format {' and '.join(formats)}" if formats else "")),
         ("Code", "; ".join(code) or "not recorded"),
-        ("Backbone", _counted(map(_backbone, there))),
-        ("Packages", _counted(map(_packages, there))),
+        ("Backbone", _tally(map(_backbone, there))),
+        ("Packages", _tally(map(_packages, there))),
         ("Hardware", "; ".join(hardware) or "not recorded"),
         ("Date and commit", "those of the records: `git log -1 -- results/scores` in the folder of the profile"),
     ]
 
-# %% ../../nbs/report/61a_provenance.ipynb #08a152dc
+# %% ../../nbs/report/61a_provenance.ipynb #93420659
 def present_code() -> dict[str, str]:  # stage -> what `_code` of a record made now would say
     "Fingerprints of the code as it is."
     return {"train": code_version("ept.training.training"), "evaluate": code_version("ept.training.evaluation")}
@@ -87,7 +82,7 @@ def _earlier(table, there):
     if not old:
         return ""
     blind = any(not {"fingerprint", "revision"} & {name for name, value in (r.get("backbone") or {}).items() if value} for r in old)
-    return f"{_part(len(old), len(there))} were made by an earlier version of the code: their format is {_counted(str(r['format_version']) for r in old)}, today's is {FORMAT}." + (
+    return f"{_part(len(old), len(there))} were made by an earlier version of the code: their format is {_tally(str(r['format_version']) for r in old)}, today's is {FORMAT}." + (
         " They do not say which weights the backbone had; it may have been another one than today's." if blind else "")  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'COSTS', 'FIELDS', 'SWEEP', 'SIZES', 'read_costs', 'publish_costs', 'collect', 'resample_runs',
-           'summarise', 'label', 'ScoreTable', 'made_up', 'collect_sweep', 'sweep_points', 'sweep_mean']
+           'summarise', 'label', 'counted', 'ScoreTable', 'made_up', 'collect_sweep', 'sweep_points', 'sweep_mean']
 
 # %% ../../nbs/report/61_results.ipynb #f803f826
 import json
@@ -191,6 +191,14 @@ def label(
 ) -> str:
     "A profile's name and, where its data are made up, what its scores do not show."
     return f"{profile.profile}: proves the machinery, says nothing about English" if profile.data.source == "embedded" else profile.profile
+
+
+def counted(
+    number: int,
+    noun: str,  # in the singular
+) -> str:
+    "A number and its noun: 1 loss, 2 losses."
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
 
 
 def _roles(runs, methods):
