@@ -90,7 +90,7 @@ def describe_time(
     column, _ = time_axis(table)
     return _cost(table, column, lambda value: f"{value:.2f} of the training time of pt" if column == "time_of_pt" else f"{value:.1f} seconds of training")
 
-# %% ../../nbs/report/63a_descriptions.ipynb #44d9f205
+# %% ../../nbs/report/63a_descriptions.ipynb #7e299f90
 def describe_ablations(
     table: ScoreTable,
 ) -> str:
@@ -113,7 +113,7 @@ def describe_sweep(
         mean, name = sweep_mean(points), SIZES[swept].split(",")[0]
         if len(mean):
             parts.append(f"{name}: highest mean score {mean.max():.1f} at {mean.idxmax()}, lowest {mean.min():.1f} at {mean.idxmin()}" + (f", {mean[usual]:.1f} at the grid's own {usual}" if usual in mean.index else ""))
-    return f"Scores on {counted(table.sweep['task'].nunique(), 'task')} as a size moves. {'; '.join(parts) or 'No task has all values of a size'}."
+    return f"Scores of {table.sweep['method'].iloc[0]} on {counted(table.sweep['task'].nunique(), 'task')} as a size moves. {'; '.join(parts) or 'No task has all values of a size'}."
 
 # %% ../../nbs/report/63a_descriptions.ipynb #fab86568
 def describe_curves(

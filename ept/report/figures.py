@@ -40,7 +40,7 @@ STYLE = {
     "figure.constrained_layout.use": True, "lines.linewidth": 1.5, "lines.markersize": 5, "xtick.color": "#555555", "ytick.color": "#333333",
 }  # fmt: skip
 
-
+# %% ../../nbs/report/63_figures.ipynb #01a17253
 def look(
     methods: list[str],  # of a grid
     proposed: str | None = None,  # the proposed method, which is red under any name
@@ -60,7 +60,7 @@ def drawing(**more):  # further settings of matplotlib
         mpl.rcParams.update(STYLE | more)
         yield
 
-
+# %% ../../nbs/report/63_figures.ipynb #e95f9c34
 def to_svg(
     figure: Figure,
 ) -> str:  # an <svg> element
@@ -92,7 +92,7 @@ def plot_scores(
         figure.get_layout_engine().set(wspace=0.06)
     return figure
 
-
+# %% ../../nbs/report/63_figures.ipynb #f3b15340
 def _score_panel(panel, table, task, looks):
     "One task: an interval a method, a tick a seed."
     panel.set_title(_title(table, task), fontsize=8.5)
@@ -422,7 +422,7 @@ def plot_curves(
         figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)))
     return figure
 
-
+# %% ../../nbs/report/63_figures.ipynb #d8fc488a
 def _curve_panel(panel, table, task, looks, full):
     "One task: the curves of all methods, those in `full` on top."
     panel.set_title(_title(table, task), fontsize=8.5)
@@ -458,7 +458,7 @@ def first_gates(
             gates.setdefault(run["task"], np.array(run["gate_weights"]))
     return gates
 
-
+# %% ../../nbs/report/63_figures.ipynb #9f4d3806
 def plot_gates(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one

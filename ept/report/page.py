@@ -99,7 +99,7 @@ def _duration(table):
         return ""
     return f"Training took `{table.proposed}` {value:.2f} of the time of `pt` ({100 * (value - 1):+.0f} %; the abstract says −14 %), wall-clock on the machine of these runs."
 
-
+# %% ../../nbs/report/64_page.ipynb #583e0dbb
 def _doubts(table):
     "What must be known before any of it is believed."
     cells, there = table.cells, table.cells[table.cells["seeds"] > 0]
@@ -124,7 +124,7 @@ def _sizes(table):
     for swept in found["swept"].unique():
         (points, usual), name = sweep_points(table, swept), SIZES[swept].split(",")[0]
         mean = sweep_mean(points)
-        moved = mean.drop(usual, errors="ignore")
+        moved = mean[mean.index != usual]
         if len(moved):
             grid = f", the grid's own at {mean[usual]:.1f}" if usual in mean.index else ""
             parts.append(f"{name} from {moved.index.min()} to {moved.index.max()}, mean scores between {moved.min():.1f} ({name} = {moved.idxmin()}) and {moved.max():.1f} ({moved.idxmax()}){grid}")

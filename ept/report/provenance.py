@@ -65,7 +65,7 @@ def provenance(
         ("Date and commit", "those of the records: `git log -1 -- results/scores` in the folder of the profile"),
     ]
 
-# %% ../../nbs/report/61a_provenance.ipynb #93420659
+# %% ../../nbs/report/61a_provenance.ipynb #e8c442b5
 def present_code() -> dict[str, str]:  # stage -> what `_code` of a record made now would say
     "Fingerprints of the code as it is."
     return {"train": code_version("ept.training.training"), "evaluate": code_version("ept.training.evaluation")}
@@ -91,7 +91,7 @@ def _other(table, there):
     told = [r for r in there if "" not in _code(r) and _code(r)]
     present = present_code() if told else {}
     counts = {done: sum(_code(r).get(stage, present[stage]) != present[stage] for r in told) for stage, done in (("train", "trained"), ("evaluate", "evaluated")) if told}
-    said = " and ".join(f"{count} {done}" for done, count in counts.items() if count)
+    said = " and ".join(f"{count} {'was' if count == 1 else 'were'} {done}" for done, count in counts.items() if count)
     return f"Of {len(there)} records, {said} by another version of the code than the present one; `make reproduce PROFILE={table.profile.profile}` makes them again." if said else ""
 
 # %% ../../nbs/report/61a_provenance.ipynb #1902611e

@@ -38,7 +38,7 @@ def read_costs(
     found.index = ["-".join(filter(None, row)) for row in found[["task", "method", "seed", "size"]].itertuples(index=False)]
     return found
 
-
+# %% ../../nbs/report/61_results.ipynb #bb81341c
 def _measured(file):
     "A run's own measurement as it is published."
     values = json.loads(file.read_text())
@@ -147,7 +147,7 @@ def _machine(run):
     processor = re.sub(r"\b1 threads\b", "1 thread", run["processor"]) or "processor not recorded"
     return f"{processor} ({run['device']}, {run['precision']})"
 
-
+# %% ../../nbs/report/61_results.ipynb #ea231384
 def _cell(part, drawn):
     "What the runs of one task and method say together."
     there = part.dropna(subset="score")
@@ -163,7 +163,7 @@ def _cell(part, drawn):
         "files": {run["seed"]: run["files"] for run in there.to_dict("records") if run.get("files")},
     }  # fmt: skip
 
-
+# %% ../../nbs/report/61_results.ipynb #41d9df9a
 def summarise(
     runs: pd.DataFrame,  # of `collect`
     drawn: dict,  # of `resample_runs`
@@ -338,7 +338,7 @@ def overall(self: ScoreTable) -> pd.DataFrame:  # one row a method
         rows.append(row)
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/report/61_results.ipynb #21ded185
 @patch
 def _mean_interval(self: ScoreTable, method):
     "Interval of the mean score over the common tasks."
@@ -423,7 +423,7 @@ def made_up(
     rows = [_made_up_run(get_task(p.task), p.method, p.seed, methods.index(p.method) / len(methods), 28 if p.task == "cb" else n, p.key not in missing) for p in profile.runs()]
     return ScoreTable(profile, pd.DataFrame(rows), _made_up_sweep(tasks, seeds) if "ept" in methods else None)
 
-
+# %% ../../nbs/report/61_results.ipynb #b3911618
 def _made_up_run(task, method, seed, skill, n, there):
     "One run, as `collect` would give it."
     shared, own = (np.random.default_rng(list(text.encode())) for text in (task.name, f"{task.name}-{method}-{seed}"))

@@ -196,7 +196,7 @@ def _size(row):
     few, many = row["fewest_parameters"], row["trainable_parameters"]
     return "missing" if math.isnan(many) else f"{many:,.0f}" if few == many else f"{few:,.0f} to {many:,.0f}"
 
-
+# %% ../../nbs/report/62_tables.ipynb #10e23bee
 def timing(
     table: ScoreTable,
 ) -> str:
@@ -205,7 +205,7 @@ def timing(
     on = "; ".join(name + (f", {count} run{'s' if count > 1 else ''}" if len(found) > 1 else "") for name, count in found.items())
     return f"Training times are wall-clock, measured on: {on}. Other work on the machine lengthens them." if found else "No run that trains was timed."
 
-
+# %% ../../nbs/report/62_tables.ipynb #6f591eac
 def score_table(
     table: ScoreTable,
     published: dict = PUBLISHED,

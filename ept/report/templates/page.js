@@ -40,7 +40,7 @@ for (const table of document.querySelectorAll(".wide > table")) {
   if (rows.length < 5) continue;
   const line = document.createElement("p"), label = document.createElement("label"), input = document.createElement("input"), shown = document.createElement("span");
   line.className = "filter";
-  label.textContent = `Only rows of a ${heads[0].textContent.trim() === "task" ? "task" : "method"} with`;
+  label.textContent = heads[0].textContent.trim() === "task" ? "Only tasks named" : "Only methods named";
   input.type = "search";
   shown.setAttribute("role", "status");
   input.addEventListener("input", () => {
