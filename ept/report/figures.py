@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'LOOKS', 'STYLE', 'DIRECTIONS', 'MOST',
-           'NOTED', 'look', 'drawing', 'to_svg', 'plot_scores', 'label_points', 'plot_parameters', 'plot_time',
-           'time_axis', 'plot_ranks', 'plot_comparison', 'ablated', 'plot_ablations', 'spread', 'plot_sweep',
-           'plot_curves', 'first_gates', 'plot_gates']
+           'NOTED', 'look', 'drawing', 'to_svg', 'Drawing', 'plot_scores', 'label_points', 'plot_parameters',
+           'plot_time', 'time_axis', 'plot_ranks', 'plot_comparison', 'ablated', 'plot_ablations', 'spread',
+           'plot_sweep', 'plot_curves', 'first_gates', 'plot_gates']
 
 # %% ../../nbs/report/63_figures.ipynb #a4b284a4
+import base64
 import io
 import math
 from contextlib import contextmanager
@@ -71,6 +72,19 @@ def to_svg(
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
+# %% ../../nbs/report/63_figures.ipynb #e91797cb
+class Drawing(Figure):
+    "A figure that shows itself in a notebook."
+
+    def _repr_svg_(self):
+        return to_svg(self)
+
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        with drawing():
+            self.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+        return base64.b64encode(buffer.getvalue()).decode()  # as IPython's own images do: text that JSON can hold
+
 # %% ../../nbs/report/63_figures.ipynb #93187c86
 def plot_scores(
     table: ScoreTable,
@@ -80,7 +94,7 @@ def plot_scores(
     looks, columns = look(table.methods, table.proposed), min(columns, len(table.tasks))
     rows = math.ceil(len(table.tasks) / columns)
     with drawing():
-        figure = Figure(figsize=(2.4 + 1.5 * columns, 0.5 + rows * (0.55 + 0.15 * len(table.methods))))
+        figure = Drawing(figsize=(2.4 + 1.5 * columns, 0.5 + rows * (0.55 + 0.15 * len(table.methods))))
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for panel in panels.ravel()[len(table.tasks) :]:
             panel.set_visible(False)
@@ -189,7 +203,7 @@ def _plot_cost(table, column, label, log):
     if len(paid) < 2:
         return None
     with drawing():
-        figure = Figure(figsize=(7.2, 4.4))
+        figure = Drawing(figsize=(7.2, 4.4))
         axes = figure.add_subplot()
         for method, row in paid.iterrows():
             style = looks[method]
@@ -251,7 +265,7 @@ def plot_ranks(
         return None
     order, looks = placed.mean().sort_values(kind="stable").index, look(table.methods, table.proposed)
     with drawing():
-        figure = Figure(figsize=(7.2, 1.2 + 0.26 * len(order)))
+        figure = Drawing(figsize=(7.2, 1.2 + 0.26 * len(order)))
         axes = figure.add_subplot()
         for y, method in enumerate(order):
             _rank_line(axes, y, placed[method], looks[method], len(order))
@@ -302,7 +316,7 @@ def plot_comparison(
     if not len(found):
         return None
     with drawing():
-        figure = Figure(figsize=(7.2, 1.0 + 0.26 * len(found)))
+        figure = Drawing(figsize=(7.2, 1.0 + 0.26 * len(found)))
         axes = figure.add_subplot()
         _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods, table.proposed))
         axes.text(1.01, -0.7, "win / tie / loss", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
@@ -331,7 +345,7 @@ def plot_ablations(
         return None
     looks, nothing = look(table.methods, table.proposed), (math.nan,) * 3 + ("",)
     with drawing():
-        figure = Figure(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
+        figure = Drawing(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
         panels = figure.subplots(1, len(others), squeeze=False, sharey=True, sharex=True).ravel()
         for panel, other in zip(panels, others):
             own = found[found["method"] == other].set_index("task")
@@ -355,7 +369,7 @@ def spread(
         placed[name] = last = max(height, last + gap)
     return placed
 
-# %% ../../nbs/report/63_figures.ipynb #4c7bbbfb
+# %% ../../nbs/report/63_figures.ipynb #0b147db6
 def plot_sweep(
     table: ScoreTable,
 ) -> Figure | None:  # None without a sweep
@@ -364,7 +378,7 @@ def plot_sweep(
         return None
     names = [s for s in SIZES if (table.sweep["swept"] == s).any()]
     with drawing():
-        figure = Figure(figsize=(0.4 + 2.4 * max(2, len(names)), 3.4))
+        figure = Drawing(figsize=(0.4 + 2.4 * max(2, len(names)), 3.4))
         panels = figure.subplots(1, len(names), squeeze=False, sharey=True).ravel()
         drawn = {swept: sweep_points(table, swept) for swept in names}
         every = pd.concat([points for points, _ in drawn.values()])
@@ -407,7 +421,7 @@ def plot_curves(
     full = trained if len(trained) <= MOST else [m for m in trained if m in (*NOTED, table.proposed)] or trained[:4]
     looks, rows, columns = look(table.methods, table.proposed), math.ceil(len(table.tasks) / columns), min(columns, len(table.tasks))
     with drawing():
-        figure = Figure(figsize=(max(3.4, 1.9 * columns), 0.6 + 1.5 * rows))
+        figure = Drawing(figsize=(max(3.4, 1.9 * columns), 0.6 + 1.5 * rows))
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for panel in panels[len(table.tasks) :]:
             panel.set_visible(False)
@@ -458,7 +472,7 @@ def first_gates(
             gates.setdefault(run["task"], np.array(run["gate_weights"]))
     return gates
 
-# %% ../../nbs/report/63_figures.ipynb #9f4d3806
+# %% ../../nbs/report/63_figures.ipynb #db894a44
 def plot_gates(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one
@@ -471,7 +485,7 @@ def plot_gates(
     low, high, middle = min(map(np.min, gates.values())), max(map(np.max, gates.values())), 1 / spaces
     norm = mpl.colors.TwoSlopeNorm(middle, min(low, middle - 0.01), max(high, middle + 0.01))
     with drawing(**{"axes.grid": False}):
-        figure = Figure(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
+        figure = Drawing(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
         panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True).ravel()
         for panel, (task, weights) in zip(panels, gates.items()):
             image = panel.imshow(weights.T, aspect="auto", cmap="cividis_r", norm=norm, interpolation="nearest")
