@@ -15,9 +15,8 @@ from tests.conftest import byte_tokenizer, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-OF_THE_ROOT = {".git", ".venv", "runs", "results", "data", "backbone", "tasks", "profiles", "bench"}
-ANYWHERE = shutil.ignore_patterns("cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
-LEFT_OUT = lambda folder, names: ANYWHERE(folder, names) | (OF_THE_ROOT if Path(folder) == ROOT else set())
+CACHES = shutil.ignore_patterns(".git", ".venv", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
+LEFT_OUT = {"runs", "results", "data", "backbone", "tasks", "profiles", "bench"}  # of the root; ept/data is code
 
 PARAMETERS = {
     "profile": "embedded",
@@ -38,7 +37,7 @@ class Clone:
 
     def __init__(self, root):
         self.root = self.folder = root
-        shutil.copytree(ROOT, root, symlinks=True, ignore=LEFT_OUT)
+        shutil.copytree(ROOT, root, symlinks=True, ignore=lambda folder, names: CACHES(folder, names) | (LEFT_OUT & set(names) if Path(folder) == ROOT else set()))
         tiny_t5().save_pretrained(root / "backbone")
         byte_tokenizer(eos=True).save_pretrained(root / "backbone")
         self.write(PARAMETERS)

@@ -101,7 +101,7 @@ def test_one_command_makes_everything(clone):
     cost = json.loads((clone.root / f"runs/costs/{KEYS[0]}.json").read_text())
     assert {"train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes", "device", "precision", "work"} <= set(cost)
     report = clone.files("results/report")
-    assert {"report.html", "report.ipynb", "table.md", "table.csv", "figures/scores.svg", "figures/curves.svg", "figures/gates.svg", "figures/time.svg"} <= set(report)
+    assert {"report.html", "table.md", "table.csv", "figures/scores.svg", "figures/curves.svg", "figures/gates.svg", "figures/time.svg"} <= set(report)
     assert b"says nothing about English" in report["report.html"] and b"says nothing about English" in report["table.md"]
     results = clone.files("results")
     assert not [f for f in results if str(clone.root).encode() in results[f]], "no path of this machine in a result"

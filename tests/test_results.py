@@ -19,6 +19,7 @@ from ept.report.figures import LOOKS, NOTED, label_points, look, plot_ablations,
 from ept.methods.registry import METHODS as REGISTRY
 from ept.data.metrics import score_task
 from ept.report.page import ABSENT, FIGURES, findings, protocol, render, write_report
+from ept.report.provenance import FORMAT, caveats, present_code, provenance
 from ept.grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
 from ept.report.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
 from ept.report.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
@@ -451,7 +452,7 @@ def test_a_record_that_says_no_role_or_another_is_refused(filled):
 
 def test_reports_know_no_list_of_methods():
     """A report is made from records alone; nothing it is made of imports the methods, at any depth of a function."""
-    for module in ("statistics", "results", "tables", "figures", "page"):
+    for module in ("statistics", "results", "provenance", "tables", "figures", "descriptions", "page"):
         assert not re.search(r"import.*\bmethods\b|ept\.methods|\.methods import", (ROOT / "ept" / "report" / f"{module}.py").read_text()), module
 
 
@@ -624,7 +625,8 @@ def test_small_and_broken_grids_have_a_report(size, tmp_path):
     table = made_up(**size)
     drawn = write_report(table, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == len(drawn) and "nan" not in re.sub(r"<[^>]*>", "", page.split('id="figures"')[0]).lower()
+    assert page.count("<img") == len(drawn) and not re.search(r"\bnan\b", " ".join(image["alt"] for image in Parts(page).all("img")))
+    assert not re.search(r"\bnan\b", re.sub(r"<[^>]*>", " ", page.split('id="figures"')[0]).lower())
     for name in set(FIGURES) - set(drawn):
         assert ABSENT[name].replace("<", "&lt;").replace(">", "&gt;") in page
 
@@ -697,17 +699,26 @@ def test_the_same_results_give_the_same_summary(filled, tmp_path):
 # ---- the page -------------------------------------------------------------------------------------------------------------
 
 
-class Loads(HTMLParser):
-    """Collects what a page would fetch from elsewhere."""
+class Parts(HTMLParser):
+    """The start tags of a page, with their attributes, and how many of the tags that must be closed are open."""
 
-    def __init__(self):
+    VOID = {"meta", "img", "input", "br", "link", "hr"}
+
+    def __init__(self, page):
         super().__init__()
-        self.found = []
+        self.tags, self.open = [], []
+        self.feed(page)
 
     def handle_starttag(self, tag, attributes):
-        for name, value in attributes:
-            if tag in ("script", "link", "iframe", "object") or (name in ("src", "href", "xlink:href") and not value.startswith(("#", "data:"))):
-                self.found.append((tag, name, value))
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
 
 
 @pytest.fixture(scope="module")
@@ -717,24 +728,164 @@ def written(large, tmp_path_factory):
     return folder, figures
 
 
-def test_the_page_needs_nothing_but_itself(written):
+@pytest.fixture(scope="module")
+def parts(written):
+    return Parts((written[0] / "report.html").read_text())
+
+
+def test_the_page_needs_nothing_but_its_folder(written, parts):
+    """What it loads are the figures beside it; what it links to lies on the page itself or in the results."""
     folder, figures = written
     page = (folder / "report.html").read_text()
-    loads = Loads()
-    loads.feed(page)
-    assert not loads.found and "@import" not in page and not re.search(r"url\((?!#)", page)
-    assert set(figures) == set(FIGURES) and page.count("<svg") == page.count('role="img"') == len(FIGURES)
-    assert len(page) < 2_000_000
-    order = [page.index(f'<h2 id="{part}"') for part in ("findings", "tables", "figures", "protocol")]
+    assert not parts.open and not parts.all("link", "iframe", "object") and not any("src" in script for script in parts.all("script"))
+    assert "@import" not in page and "url(" not in page and len(page) < 300_000
+    assert [image["src"] for image in parts.all("img")] == [f"figures/{name}.svg" for name in figures] and set(figures) == set(FIGURES)
+    assert all((folder / image["src"]).exists() for image in parts.all("img"))
+    identifiers = [attributes["id"] for _, attributes in parts.tags if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers) and {link["href"].removeprefix("#") for link in parts.all("a")} <= set(identifiers)
+    order = [page.index(f'<h2 id="{part}"') for part in ("findings", "tables", "figures", "protocol", "provenance")]
     assert order == sorted(order)
 
 
-def test_identifiers_in_the_page_are_not_shared_by_two_figures(written):
-    """Figures in one page share a name space: a clip path of one must not be found by another under the same name."""
-    clips = {}
+def test_the_page_can_be_read_by_keyboard_and_by_ear(parts):
+    """One main part and a way to it, headings without a jump, scrolled parts that take the focus and have a name, figures that say what is to be seen."""
+    assert len(parts.all("main")) == len(parts.all("h1")) == 1 and parts.all("a")[0] == {"class": "skip", "href": "#main"}
+    levels = [int(tag[1]) for tag, _ in parts.tags if re.fullmatch(r"h\d", tag)]
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:]))
+    regions = [a for a in parts.all("div") if a.get("class") == "wide"]
+    assert len(regions) == len(parts.all("table")) + len(parts.all("img")) and all(a["tabindex"] == "0" and a["role"] == "region" and a["aria-label"] for a in regions)
+    assert len({a["aria-label"] for a in regions}) == len(regions)
+    for image in parts.all("img"):
+        assert re.search(r"\d", image["alt"]) and "ept" in image["alt"] and "nan" not in image["alt"] and int(image["width"]) > 300 and int(image["height"]) > 80, image["src"]
+    assert all(a.get("scope") in ("col", "row") for a in parts.all("th")) and parts.all("html")[0]["lang"] == "en"
+
+
+def test_alternative_texts_follow_the_numbers(tmp_path):
+    p = profile(tasks=("cola", "cb"), methods=("pt", "ept"))
+    for key, right in (("cola-pt-0", 60), ("cola-ept-0", 95), ("cb-pt-0", 90), ("cb-ept-0", 70)):
+        write(tmp_path, p, key, right)
+    write_report(read(p, tmp_path), tmp_path / "report")
+    alt = {image["src"]: image["alt"] for image in Parts((tmp_path / "report" / "report.html").read_text()).all("img")}["figures/scores.svg"]
+    assert "ept leads on 1 of 2 tasks; its largest lead is 35.0 points, on cola; its largest gap behind the best method is 20.0 points, on cb." in alt
+    assert f"![{alt}](figures/scores.svg)" in (tmp_path / "report" / "table.md").read_text()
+
+
+def test_words_in_figures_are_words(written):
     for file in (written[0] / "figures").glob("*.svg"):
-        for name, body in re.findall(r'<clipPath id="([^"]+)">(.*?)</clipPath>', file.read_text(), re.S):
-            assert clips.setdefault(name, body) == body, f"{name} means two things"
+        text = file.read_text()
+        assert "</text>" in text and "glyph" not in text and "DejaVu Sans" in text, file.name
+    text = (written[0] / "figures" / "scores.svg").read_text()
+    assert all(f">{name}<" in text for name in FULL) and "cola (matthews)" in text
+
+
+def test_each_figure_is_in_git_once():
+    """A page or notebook with a picture inside would be a second copy of it."""
+    listed = subprocess.run(["git", "ls-files", "results", "profiles"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no clone")
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).suffix in (".html", ".md", ".ipynb", ".png"):
+            assert (ROOT / name).suffix in (".html", ".md") and "<svg" not in (ROOT / name).read_text() and "data:image" not in (ROOT / name).read_text(), name
+
+
+def test_what_is_shown_is_escaped(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"))
+    write(tmp_path, p, "cola-pt-0", 60), write(tmp_path, p, "cola-ept-0", 95)
+    p = replace(p, backbone=BackboneChoice("<b>a & b</b>"))
+    page = render(read(p, tmp_path), {})
+    assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page and "<b>a & b" not in page and not Parts(page).open
+
+
+def test_each_score_links_to_its_record_and_predictions(filled):
+    p, root = filled
+    write_report(read(p, root), Paths(p, root).report)
+    links = [link["href"] for link in Parts((Paths(p, root).report / "report.html").read_text()).all("a") if not link["href"].startswith("#")]
+    assert set(links) == {f"../{kind}/{key}.{end}" for key in ("cola-frozen-0", "cola-pt-0", "cola-ept-0", "cb-pt-0", "cb-ept-0") for kind, end in (("scores", "json"), ("predictions", "csv"))}
+    assert len(links) == 10 and all((Paths(p, root).report / link).exists() for link in links)
+
+
+def test_several_seeds_have_a_line_of_links_each(tmp_path):
+    p = profile(tasks=("cola",), methods=("pt", "ept"), seeds=(0, 1))
+    for key in ("cola-pt-0", "cola-ept-0", "cola-ept-1"):
+        write(tmp_path, p, key, 80)
+    Paths(p, tmp_path).record("predictions", "cola-ept-1").unlink()
+    both = score_table(read(p, tmp_path)).rows[0][-1]
+    assert [list(files) for files in both.files.values()] == [["scores", "predictions"], ["scores"]]
+    assert "seed 1: <a" in both.html() and both.html().count("<a ") == 3 and "<details>" not in score_table(made_up()).html()
+
+
+@pytest.mark.parametrize("file", [f for n, f in profile_files(ROOT).items() if (f.parent / "results" / "report").exists()], ids=lambda f: f.parent.name)
+def test_links_of_committed_pages_lead_to_files(file):
+    folder = file.parent / "results" / "report"
+    page = Parts((folder / "report.html").read_text())
+    targets = [link["href"] for link in page.all("a") if not link["href"].startswith("#")] + [image["src"] for image in page.all("img")]
+    assert len(targets) > 50 and not [target for target in targets if not (folder / target).exists()]
+
+
+# ---- provenance -----------------------------------------------------------------------------------------------------------
+
+NOW = {"format_version": FORMAT, "backbone": {"name": "tiny", "revision": None, "fingerprint": "4216"}, "packages": {"torch": "2.13.0"}}
+
+
+def note(root, p, **records):
+    """Add to records what they say about where they come from."""
+    for key, more in records.items():
+        file = Paths(p, root).record("scores", key.replace("_", "-"))
+        file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
+@pytest.fixture
+def two(tmp_path):
+    p = profile(tasks=("cola",), methods=("frozen", "pt", "ept"))
+    for key, right in (("cola-frozen-0", 50), ("cola-pt-0", 60), ("cola-ept-0", 95)):
+        write(tmp_path, p, key, right)
+    code = present_code()
+    note(tmp_path, p, cola_frozen_0=NOW | {"code": code | {"train": None}}, cola_pt_0=NOW | {"code": code}, cola_ept_0=NOW | {"code": code})
+    return p, tmp_path
+
+
+def test_records_of_the_present_code_need_no_word(two):
+    assert caveats(read(*two)) == []
+    said = dict(provenance(read(*two)))
+    assert said["Command"] == "`make reproduce PROFILE=small`" and said["Records"] == "3 of 3 runs, format 2" and said["Packages"] == "torch 2.13.0" and said["Backbone"] == "tiny, weights `4216`"
+    assert "torch 2.13.0" in render(read(*two), {}).split('id="provenance"')[1]
+    assert said["Code"] == f"training `{present_code()['train']}`; evaluation `{present_code()['evaluate']}`" and said["Hardware"] == "a processor (cpu, float32)"
+
+
+def test_what_does_not_fit_together_is_said(two):
+    p, root = two
+    for more, words in (
+        ({"code": {"train": "0123", "evaluate": present_code()["evaluate"]}}, ["Of 3 records, 1 was trained by another version of the code than the present one", "come from 2 versions of the code"]),
+        ({"backbone": {"name": "tiny", "revision": None, "fingerprint": "9999"}}, ["come from 2 backbones:"]),
+        ({"packages": {"torch": "2.4.0"}}, ["come from 2 sets of packages"]),
+        ({"format_version": 1, "code": "a0d0", "backbone": {"name": "tiny"}}, ["1 of 3 records were made by an earlier version", "which weights the backbone had", "2 backbones"]),
+    ):
+        kept = Paths(p, root).record("scores", "cola-ept-0").read_text()
+        note(root, p, cola_ept_0=more)
+        table = read(p, root)
+        said = caveats(table)
+        assert all(word in " ".join(said) for word in words) and said == findings(table)[1 : 1 + len(said)]
+        Paths(p, root).record("scores", "cola-ept-0").write_text(kept)
+
+
+def test_the_format_of_records_is_the_one_that_is_written_today():
+    source = (ROOT / "ept" / "grid" / "records.py").read_text()
+    assert f'"format_version": {FORMAT},' in source
+
+
+@pytest.mark.parametrize("file", [f for f in profile_files(ROOT).values() if (f.parent / "results" / "report").exists()], ids=lambda f: f.parent.name)
+def test_a_committed_page_says_that_its_records_are_old(file):
+    formats = {json.loads(f.read_text())["format_version"] for f in (file.parent / "results" / "scores").glob("*.json")}
+    assert ("made by an earlier version of the code" in (file.parent / "results" / "report" / "report.html").read_text()) == (min(formats) < FORMAT)
+
+
+def test_a_page_holds_no_time_and_no_place(written):
+    """Made again it must be the same, in another clone and on another day."""
+    page = (written[0] / "report.html").read_text()
+    assert not re.search(r"\b20\d\d-\d\d-\d\d|\d\d:\d\d:\d\d", page) and str(ROOT) not in page
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_results_give_the_same_files(filled, tmp_path):
@@ -761,7 +912,7 @@ write_summary(table, sys.argv[1])
 def test_another_process_gives_the_same_files(tmp_path):
     """With another order of sets, another user's settings of matplotlib, another number of threads, in another place on earth."""
     (tmp_path / "settings").mkdir()
-    (tmp_path / "settings" / "matplotlibrc").write_text("font.size: 15\nfont.family: serif\nsvg.fonttype: none\nlines.solid_capstyle: round\nfigure.dpi: 200\naxes.labelpad: 9\n")
+    (tmp_path / "settings" / "matplotlibrc").write_text("font.size: 15\nfont.family: serif\nsvg.fonttype: path\nlines.solid_capstyle: round\nfigure.dpi: 200\naxes.labelpad: 9\n")
     ways = {"one": {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "TZ": "UTC"}, "two": {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path / "settings")}}
     files = []
     for name, way in ways.items():

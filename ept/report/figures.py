@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'LOOKS', 'STYLE', 'DIRECTIONS', 'MOST',
-           'NOTED', 'look', 'drawing', 'to_svg', 'plot_scores', 'label_points', 'plot_parameters', 'plot_time',
-           'plot_ranks', 'plot_comparison', 'plot_ablations', 'spread', 'plot_sweep', 'plot_curves', 'plot_gates']
+           'NOTED', 'look', 'drawing', 'to_svg', 'Drawing', 'plot_scores', 'label_points', 'plot_parameters',
+           'plot_time', 'time_axis', 'plot_ranks', 'plot_comparison', 'ablated', 'plot_ablations', 'spread',
+           'plot_sweep', 'plot_curves', 'first_gates', 'plot_gates']
 
 # %% ../../nbs/report/63_figures.ipynb #a4b284a4
+import base64
 import io
 import math
 from contextlib import contextmanager
@@ -21,10 +23,10 @@ import numpy as np
 import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
-from .results import SIZES, ScoreTable
+from .results import SIZES, ScoreTable, sweep_mean, sweep_points
+from .statistics import ranks
 
 # %% ../../nbs/report/63_figures.ipynb #9b1b4228
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY = "#000000", "#E69F00", "#56B4E9", "#009E73", "#B8A800", "#0072B2", "#D55E00", "#CC79A7", "#888888"
@@ -34,12 +36,12 @@ LOOKS = {
     "dept": (ORANGE, "p", "-"), "ept": (RED, "s", "--"), "ept-no-fusion": (RED, "^", ":"), "ept-no-projection": (RED, "v", "-."), "ept-one-space": (RED, "D", (0, (5, 1))),
 }  # fmt: skip
 STYLE = {
-    "svg.hashsalt": "ept", "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
+    "svg.hashsalt": "ept", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"], "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
     "figure.constrained_layout.use": True, "lines.linewidth": 1.5, "lines.markersize": 5, "xtick.color": "#555555", "ytick.color": "#333333",
 }  # fmt: skip
 
-
+# %% ../../nbs/report/63_figures.ipynb #01a17253
 def look(
     methods: list[str],  # of a grid
     proposed: str | None = None,  # the proposed method, which is red under any name
@@ -59,7 +61,7 @@ def drawing(**more):  # further settings of matplotlib
         mpl.rcParams.update(STYLE | more)
         yield
 
-
+# %% ../../nbs/report/63_figures.ipynb #e95f9c34
 def to_svg(
     figure: Figure,
 ) -> str:  # an <svg> element
@@ -70,6 +72,19 @@ def to_svg(
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
+# %% ../../nbs/report/63_figures.ipynb #e91797cb
+class Drawing(Figure):
+    "A figure that shows itself in a notebook."
+
+    def _repr_svg_(self):
+        return to_svg(self)
+
+    def _repr_png_(self):
+        buffer = io.BytesIO()
+        with drawing():
+            self.savefig(buffer, format="png", dpi=100, bbox_inches="tight", metadata={"Software": None})
+        return base64.b64encode(buffer.getvalue()).decode()  # as IPython's own images do: text that JSON can hold
+
 # %% ../../nbs/report/63_figures.ipynb #93187c86
 def plot_scores(
     table: ScoreTable,
@@ -79,7 +94,7 @@ def plot_scores(
     looks, columns = look(table.methods, table.proposed), min(columns, len(table.tasks))
     rows = math.ceil(len(table.tasks) / columns)
     with drawing():
-        figure = Figure(figsize=(2.4 + 1.5 * columns, 0.5 + rows * (0.55 + 0.15 * len(table.methods))))
+        figure = Drawing(figsize=(2.4 + 1.5 * columns, 0.5 + rows * (0.55 + 0.15 * len(table.methods))))
         panels = figure.subplots(rows, columns, squeeze=False, sharey=True)
         for panel in panels.ravel()[len(table.tasks) :]:
             panel.set_visible(False)
@@ -91,7 +106,7 @@ def plot_scores(
         figure.get_layout_engine().set(wspace=0.06)
     return figure
 
-
+# %% ../../nbs/report/63_figures.ipynb #f3b15340
 def _score_panel(panel, table, task, looks):
     "One task: an interval a method, a tick a seed."
     panel.set_title(_title(table, task), fontsize=8.5)
@@ -143,9 +158,7 @@ def label_points(
         taken.append(Bbox.from_extents(x - unit, low, x + unit, high))
     placed = {}
     for name in sorted(points, key=lambda n: (-spots[n][1], n)):
-        text = axes.annotate(name, points[name], xytext=(0, 0), textcoords="offset points", ha="center", va="center", fontsize=7.5, zorder=6, annotation_clip=False, color="#222222",
-                             path_effects=[withStroke(linewidth=1.6, foreground="white")], arrowprops={"arrowstyle": "-", "color": colors[name], "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3})
-        text.set_in_layout(False)
+        text = _name(axes, name, points[name], colors[name])
         size = mpl.text.Text.get_window_extent(text, renderer)
         move, placed[name], near = _free_place(spots[name], list(spots.values()), size.width, size.height, taken, inside, unit)
         text.set_position(tuple(move / unit))
@@ -154,6 +167,15 @@ def label_points(
     return placed
 
 
+def _name(axes, name, point, color):
+    "A name with a thin line to its point; white behind it, so that what it crosses does not hurt it."
+    line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
+    text = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", ha="center", va="center", fontsize=7.5, zorder=6, annotation_clip=False, color="#222222", bbox=paper, arrowprops=line)
+    text.set_in_layout(False)
+    return text
+
+# %% ../../nbs/report/63_figures.ipynb #7ccf5038
 def _apart(spot, box):
     "Distance of a point from a box, in pixels."
     (x, y), (low, high) = spot, (box.min, box.max)
@@ -181,7 +203,7 @@ def _plot_cost(table, column, label, log):
     if len(paid) < 2:
         return None
     with drawing():
-        figure = Figure(figsize=(7.2, 4.4))
+        figure = Drawing(figsize=(7.2, 4.4))
         axes = figure.add_subplot()
         for method, row in paid.iterrows():
             style = looks[method]
@@ -192,12 +214,7 @@ def _plot_cost(table, column, label, log):
             axes.axhline(row["score"], color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
             axes.annotate(f"{method}: nothing trained", (0.01, row["score"]), xycoords=axes.get_yaxis_transform(), xytext=(0, 3), textcoords="offset points", fontsize=7.5, color="#666666")
         if log:
-            axes.set_xscale("log")
-            low, high = paid[column].min(), paid[column].max()
-            axes.set_xlim(low / max(1.6, (high / low) ** 0.08), high * max(1.6, (high / low) ** 0.12))
-            axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
-            axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-            axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            _logarithmic(axes, paid[column].min(), paid[column].max())
         else:
             axes.set_xlim(0, 1.18 * paid[column].max())
         axes.margins(y=0.12)
@@ -208,6 +225,15 @@ def _plot_cost(table, column, label, log):
     return figure
 
 
+def _logarithmic(axes, low, high):
+    "A logarithmic cost axis from a little below the lowest to a little above the highest."
+    axes.set_xscale("log")
+    axes.set_xlim(low / max(1.6, (high / low) ** 0.08), high * max(1.6, (high / low) ** 0.12))
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
+# %% ../../nbs/report/63_figures.ipynb #0845452a
 def plot_parameters(
     table: ScoreTable,
 ) -> Figure | None:  # None for fewer than two methods that train
@@ -219,31 +245,30 @@ def plot_time(
     table: ScoreTable,
 ) -> Figure | None:  # None for fewer than two methods that were timed
     "Mean score against training time."
+    return _plot_cost(table, *time_axis(table), log=False)
+
+
+def time_axis(
+    table: ScoreTable,
+) -> tuple[str, str]:  # column of `overall`, label
+    "Training time relative to `pt` where at least two methods have it, else seconds."
     relative = table.overall()["time_of_pt"].gt(0).sum() > 1
-    return _plot_cost(table, "time_of_pt", "training time, pt = 1", log=False) if relative else _plot_cost(table, "train_seconds", "training time of a run, seconds", log=False)
+    return ("time_of_pt", "training time, pt = 1") if relative else ("train_seconds", "training time of a run, seconds")
 
 # %% ../../nbs/report/63_figures.ipynb #2230b417
 def plot_ranks(
     table: ScoreTable,
 ) -> Figure | None:  # None for fewer than two methods, or where no task has all of them
     "Ranks of the proposed method and the comparison methods over tasks."
-    from ept.report.statistics import ranks
-
     placed = ranks(table.scores(table.contenders))
     if placed.shape[1] < 2 or placed.empty:
         return None
     order, looks = placed.mean().sort_values(kind="stable").index, look(table.methods, table.proposed)
     with drawing():
-        figure = Figure(figsize=(7.2, 1.2 + 0.26 * len(order)))
+        figure = Drawing(figsize=(7.2, 1.2 + 0.26 * len(order)))
         axes = figure.add_subplot()
         for y, method in enumerate(order):
-            mean, deviation = placed[method].mean(), placed[method].std()
-            counts = placed[method].value_counts()
-            axes.plot(counts.index, [y] * len(counts), linestyle="", marker="|", markersize=7, markeredgewidth=0.8, color="#999999", zorder=2)
-            if not math.isnan(deviation):
-                axes.plot(np.clip([mean - deviation, mean + deviation], 1, len(order)), [y, y], color=looks[method]["color"], linewidth=2.2, alpha=0.55, zorder=3, solid_capstyle="butt")
-            axes.plot(mean, y, linestyle="", marker=looks[method]["marker"], color=looks[method]["color"], markersize=7.5, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
-            axes.text(1.01, y, f"{mean:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            _rank_line(axes, y, placed[method], looks[method], len(order))
         critical = table.critical_difference()
         if critical <= len(order) - 1:
             axes.plot([1, 1 + critical], [-1, -1], color="#333333", linewidth=2, solid_capstyle="butt")
@@ -254,6 +279,16 @@ def plot_ranks(
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         axes.set_xlabel(f"rank over {len(placed)} tasks, 1 is best; marker and bar: mean ± standard deviation")
     return figure
+
+
+def _rank_line(axes, y, own, style, last):
+    "The ranks of one method: a tick each, and their mean with its deviation."
+    mean, deviation, counts = own.mean(), own.std(), own.value_counts()
+    axes.plot(counts.index, [y] * len(counts), linestyle="", marker="|", markersize=7, markeredgewidth=0.8, color="#999999", zorder=2)
+    if not math.isnan(deviation):
+        axes.plot(np.clip([mean - deviation, mean + deviation], 1, last), [y, y], color=style["color"], linewidth=2.2, alpha=0.55, zorder=3, solid_capstyle="butt")
+    axes.plot(mean, y, linestyle="", marker=style["marker"], color=style["color"], markersize=7.5, markeredgecolor="white", markeredgewidth=0.5, zorder=4)
+    axes.text(1.01, y, f"{mean:.1f}", transform=axes.get_yaxis_transform(), va="center", fontsize=8)
 
 # %% ../../nbs/report/63_figures.ipynb #422ef011
 def _forest(axes, rows, looks):
@@ -281,7 +316,7 @@ def plot_comparison(
     if not len(found):
         return None
     with drawing():
-        figure = Figure(figsize=(7.2, 1.0 + 0.26 * len(found)))
+        figure = Drawing(figsize=(7.2, 1.0 + 0.26 * len(found)))
         axes = figure.add_subplot()
         _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods, table.proposed))
         axes.text(1.01, -0.7, "win / tie / loss", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
@@ -291,18 +326,26 @@ def plot_comparison(
     return figure
 
 # %% ../../nbs/report/63_figures.ipynb #b1731416
+def ablated(
+    table: ScoreTable,
+) -> dict[str, str]:  # method -> its name in words; empty without a proposed method or without ablations
+    "The ablations of the proposed method, and DePT, that have results."
+    others, found = [m for m in table.methods if table.roles[m] == "ablation"], table.differences()
+    others += ["dept"] if others and "dept" in table.methods else []
+    word = lambda m: "both parts (dept)" if m == "dept" else m.removeprefix(f"{table.proposed}-").replace("no-", "without ").replace("-", " ")
+    return {m: word(m) for m in others if (found["method"] == m).any()}
+
+
 def plot_ablations(
     table: ScoreTable,
 ) -> Figure | None:  # None without a proposed method or without ablations
     "What each part of the proposed method adds on every task."
-    others, found = [m for m in table.methods if table.roles[m] == "ablation"], table.differences()
-    others += ["dept"] if others and "dept" in table.methods else []
-    others = [m for m in others if (found["method"] == m).any()]
+    others, found = ablated(table), table.differences()
     if not others:
         return None
     looks, nothing = look(table.methods, table.proposed), (math.nan,) * 3 + ("",)
     with drawing():
-        figure = Figure(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
+        figure = Drawing(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
         panels = figure.subplots(1, len(others), squeeze=False, sharey=True, sharex=True).ravel()
         for panel, other in zip(panels, others):
             own = found[found["method"] == other].set_index("task")
@@ -310,7 +353,7 @@ def plot_ablations(
             mean = table.difference(table.proposed, other)
             _forest(panel, [*rows, ("mean", mean.value, mean.low, mean.high, mean.verdict, other)], looks)
             panel.axhline(len(rows) - 0.5, color="#bbbbbb", linewidth=0.8)
-            panel.set_title("both parts (dept)" if other == "dept" else other.removeprefix(f"{table.proposed}-").replace("no-", "without ").replace("-", " "), fontsize=8.5)
+            panel.set_title(others[other], fontsize=8.5)
             panel.tick_params(labelsize=8, length=2)
         figure.supxlabel(f"points that {table.proposed} is ahead; hollow: a tie", fontsize=9)
     return figure
@@ -326,19 +369,7 @@ def spread(
         placed[name] = last = max(height, last + gap)
     return placed
 
-
-def _points(table, swept):
-    "Scores of a swept size, with the grid's own runs on the same tasks and seeds, and its value in the grid."
-    own = table.sweep[table.sweep["swept"] == swept]
-    pairs, method, rows = set(zip(own["task"], own["seed"])), own["method"].iloc[0], []
-    for run in table.runs[(table.runs["method"] == method) & table.runs["score"].notna()].to_dict("records"):
-        if (run["task"], run["seed"]) in pairs and run.get("config") and swept in run["config"].get("sizes", {}):
-            rows.append({"value": run["config"]["sizes"][swept], "task": run["task"], "score": run["score"]})
-    usual = rows[0]["value"] if rows else None
-    points = pd.concat([own[["value", "task", "score"]], pd.DataFrame([r for r in rows if r["value"] not in set(own["value"])], columns=["value", "task", "score"])])
-    return points.pivot_table(index="value", columns="task", values="score").sort_index(), usual
-
-
+# %% ../../nbs/report/63_figures.ipynb #0b147db6
 def plot_sweep(
     table: ScoreTable,
 ) -> Figure | None:  # None without a sweep
@@ -347,9 +378,9 @@ def plot_sweep(
         return None
     names = [s for s in SIZES if (table.sweep["swept"] == s).any()]
     with drawing():
-        figure = Figure(figsize=(0.4 + 2.4 * max(2, len(names)), 3.4))
+        figure = Drawing(figsize=(0.4 + 2.4 * max(2, len(names)), 3.4))
         panels = figure.subplots(1, len(names), squeeze=False, sharey=True).ravel()
-        drawn = {swept: _points(table, swept) for swept in names}
+        drawn = {swept: sweep_points(table, swept) for swept in names}
         every = pd.concat([points for points, _ in drawn.values()])
         for panel, (swept, (points, usual)) in zip(panels, drawn.items()):
             _sweep_panel(panel, points, usual, 0.045 * max(1.0, float(every.max().max() - every.min().min())))
@@ -367,9 +398,9 @@ def _sweep_panel(panel, points, usual, gap):
     places = spread({task: line.iloc[-1] for task, line in ends.items()}, gap)
     for task, height in places.items():
         panel.text(len(points) - 1 + 0.12, height, task, fontsize=7, va="center", color="#555555")
-    mean = points.dropna(axis=1).mean(axis=1)
-    panel.plot(x, mean, color=RED, linewidth=2, marker="s", markersize=4.5)
-    if usual in points.index:
+    mean = sweep_mean(points)
+    panel.plot(x[: len(mean)], mean, color=RED, linewidth=2, marker="s", markersize=4.5)
+    if usual in mean.index:
         panel.plot(points.index.get_loc(usual), mean[usual], marker="o", markersize=11, markerfacecolor="none", color="#333333", markeredgewidth=1)
     panel.set_xticks(x, [f"{v:g}" for v in points.index])
     panel.set_xlim(-0.3, len(points) - 1 + 0.28 * max(2, len(points)))
@@ -390,18 +421,12 @@ def plot_curves(
     full = trained if len(trained) <= MOST else [m for m in trained if m in (*NOTED, table.proposed)] or trained[:4]
     looks, rows, columns = look(table.methods, table.proposed), math.ceil(len(table.tasks) / columns), min(columns, len(table.tasks))
     with drawing():
-        figure = Figure(figsize=(max(3.4, 1.9 * columns), 0.6 + 1.5 * rows))
+        figure = Drawing(figsize=(max(3.4, 1.9 * columns), 0.6 + 1.5 * rows))
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for panel in panels[len(table.tasks) :]:
             panel.set_visible(False)
         for panel, task in zip(panels, table.tasks):
-            panel.set_title(_title(table, task), fontsize=8.5)
-            panel.tick_params(labelsize=7.5, length=2)
-            panel.margins(x=0.12)
-            drawn = [_curve(panel, table, task, m, looks[m], m in full) for m in sorted(trained, key=lambda m: m in full)]
-            if not any(drawn):
-                panel.set_yticks([])
-                panel.text(0.5, 0.5, "missing", transform=panel.transAxes, ha="center", va="center", color=GREY, style="italic")
+            _curve_panel(panel, table, task, {m: looks[m] for m in sorted(trained, key=lambda m: m in full)}, full)
         for panel in panels[max(0, len(table.tasks) - columns) : len(table.tasks)]:
             panel.tick_params(labelbottom=True)
         figure.supxlabel("steps", fontsize=9)
@@ -410,6 +435,17 @@ def plot_curves(
         handles += [mpl.lines.Line2D([], [], color="#cccccc", label="other methods")] if len(full) < len(trained) else []
         figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)))
     return figure
+
+# %% ../../nbs/report/63_figures.ipynb #d8fc488a
+def _curve_panel(panel, table, task, looks, full):
+    "One task: the curves of all methods, those in `full` on top."
+    panel.set_title(_title(table, task), fontsize=8.5)
+    panel.tick_params(labelsize=7.5, length=2)
+    panel.margins(x=0.12)
+    drawn = [_curve(panel, table, task, method, style, method in full) for method, style in looks.items()]
+    if not any(drawn):
+        panel.set_yticks([])
+        panel.text(0.5, 0.5, "missing", transform=panel.transAxes, ha="center", va="center", color=GREY, style="italic")
 
 
 def _curve(panel, table, task, method, style, full):
@@ -425,23 +461,31 @@ def _curve(panel, table, task, method, style, full):
     return True
 
 # %% ../../nbs/report/63_figures.ipynb #024d1cb5
+def first_gates(
+    table: ScoreTable,
+    method: str | None = None,  # None is the proposed one
+) -> dict[str, np.ndarray]:  # task -> weights, [m, K]; empty where no run has gates
+    "Gate weights of a method on every task, in the first seed's run."
+    gates = {}
+    for run in table.runs[table.runs["method"] == (method or table.proposed)].to_dict("records"):
+        if isinstance(run.get("gate_weights"), list):
+            gates.setdefault(run["task"], np.array(run["gate_weights"]))
+    return gates
+
+# %% ../../nbs/report/63_figures.ipynb #db894a44
 def plot_gates(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> Figure | None:  # None where no run has gates
-    "Gate weights of a method on every task, in the first seed's run."
-    runs = table.runs[table.runs["method"] == (method or table.proposed)].to_dict("records")
-    gates = {}
-    for run in runs:
-        if isinstance(run.get("gate_weights"), list):
-            gates.setdefault(run["task"], np.array(run["gate_weights"]))
+    "The gate weights of a method as strips."
+    gates = first_gates(table, method)
     if not gates:
         return None
     tokens, spaces = max(g.shape[0] for g in gates.values()), max(g.shape[1] for g in gates.values())
     low, high, middle = min(map(np.min, gates.values())), max(map(np.max, gates.values())), 1 / spaces
     norm = mpl.colors.TwoSlopeNorm(middle, min(low, middle - 0.01), max(high, middle + 0.01))
     with drawing(**{"axes.grid": False}):
-        figure = Figure(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
+        figure = Drawing(figsize=(7.2, 0.9 + 0.1 * (spaces + 1) * len(gates)))
         panels = figure.subplots(len(gates), 1, squeeze=False, sharex=True).ravel()
         for panel, (task, weights) in zip(panels, gates.items()):
             image = panel.imshow(weights.T, aspect="auto", cmap="cividis_r", norm=norm, interpolation="nearest")

@@ -4,19 +4,24 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'COSTS', 'FIELDS', 'SWEEP', 'SIZES', 'read_costs', 'publish_costs', 'collect', 'resample_runs',
-           'summarise', 'label', 'ScoreTable', 'made_up', 'collect_sweep']
+           'summarise', 'label', 'counted', 'ScoreTable', 'made_up', 'collect_sweep', 'sweep_points', 'sweep_mean']
 
 # %% ../../nbs/report/61_results.ipynb #f803f826
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from fastcore.basics import patch
 
-from ..grid.profiles import Paths, Profile
+from ..data.tasks import get_task
+from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile
+from .statistics import critical_difference as nemenyi
+from .statistics import difference as paired_difference  # a patched method may take the name away from a function
+from .statistics import RESAMPLED, Difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from ..utils.files import write_atomic
-from .statistics import RESAMPLED, Difference, critical_difference, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 
 # %% ../../nbs/report/61_results.ipynb #3dd07340
 MEASURED = ("train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes", "device", "precision", "processor", "work")
@@ -33,7 +38,7 @@ def read_costs(
     found.index = ["-".join(filter(None, row)) for row in found[["task", "method", "seed", "size"]].itertuples(index=False)]
     return found
 
-
+# %% ../../nbs/report/61_results.ipynb #bb81341c
 def _measured(file):
     "A run's own measurement as it is published."
     values = json.loads(file.read_text())
@@ -65,13 +70,13 @@ def publish_costs(
     return new
 
 # %% ../../nbs/report/61_results.ipynb #b92c68c7
-FIELDS = ("role", "metric", "score", "majority_score", "n", "trainable_parameters", "chosen_step", "metrics", "history", "gate_weights", "backbone", "config")
+FIELDS = ("role", "metric", "score", "majority_score", "n", "trainable_parameters", "chosen_step", "metrics", "history", "gate_weights", "backbone", "config", "packages", "code", "format_version")
 
 
 def collect(
     profile: Profile,
     folder: str | Path | None = None,  # of the profile; None is that of its parameter file
-) -> pd.DataFrame:  # one row a run of the grid; `score` is NaN where it is missing
+) -> pd.DataFrame:  # one row a run of the grid; `score` is NaN where it is missing; `files` are those of the run, relative to the results
     "The records, costs and predictions of a profile's grid."
     paths, costs, rows = Paths(profile, folder), read_costs(profile, folder).to_dict("index"), []
     for plan in profile.runs():
@@ -80,9 +85,11 @@ def collect(
         if record.exists():
             values = json.loads(record.read_text())
             row |= {name: values.get(name) for name in FIELDS} | _answers(paths.record("predictions", plan.key))
+            there = {kind: paths.record(kind, plan.key) for kind in ("scores", "predictions")}
+            row["files"] = {kind: file.relative_to(paths.results).as_posix() for kind, file in there.items() if file.exists()}
         nothing = 0.0 if row["trainable_parameters"] == 0 else math.nan  # where nothing is trained, nothing is measured
         row |= {"train_seconds": float(spent.get("train_seconds") or nothing)} | {name: spent.get(name, "") for name in ("device", "precision", "processor")}
-        rows.append({"labels": None, "predictions": None, "groups": None, **row})
+        rows.append({"labels": None, "predictions": None, "groups": None, "files": {}, **row})
     runs = pd.DataFrame(rows)
     if runs["score"].isna().all():
         raise FileNotFoundError(f"no records in {paths.results / 'scores'}; run the grid first (make reproduce PROFILE={profile.profile})")
@@ -137,9 +144,10 @@ def _units(part):
 
 def _machine(run):
     "What a run was timed on: processor, device and number format."
-    return f"{run['processor'] or 'processor not recorded'} ({run['device']}, {run['precision']})"
+    processor = re.sub(r"\b1 threads\b", "1 thread", run["processor"]) or "processor not recorded"
+    return f"{processor} ({run['device']}, {run['precision']})"
 
-
+# %% ../../nbs/report/61_results.ipynb #ea231384
 def _cell(part, drawn):
     "What the runs of one task and method say together."
     there = part.dropna(subset="score")
@@ -152,9 +160,10 @@ def _cell(part, drawn):
         "seeds": len(there), "missing": len(part) - len(there), "score": there["score"].mean(), "deviation": there["score"].std(),
         "low": low, "high": high, "stuck": len(stuck) > 0 and all(stuck), "trainable_parameters": there["trainable_parameters"].max(),
         "train_seconds": part["train_seconds"].mean(), "device": "; ".join(sorted({_machine(run) for run in part.to_dict("records") if run["device"]})),
+        "files": {run["seed"]: run["files"] for run in there.to_dict("records") if run.get("files")},
     }  # fmt: skip
 
-
+# %% ../../nbs/report/61_results.ipynb #41d9df9a
 def summarise(
     runs: pd.DataFrame,  # of `collect`
     drawn: dict,  # of `resample_runs`
@@ -184,6 +193,14 @@ def label(
     return f"{profile.profile}: proves the machinery, says nothing about English" if profile.data.source == "embedded" else profile.profile
 
 
+def counted(
+    number: int,
+    noun: str,  # in the singular
+) -> str:
+    "A number and its noun: 1 loss, 2 losses."
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("s") else "s")
+
+
 def _roles(runs, methods):
     "What each method is, as its records say; None where there are none."
     found = {}
@@ -197,7 +214,7 @@ def _roles(runs, methods):
         found[method] = said[0] if said else None
     return found
 
-
+# %% ../../nbs/report/61_results.ipynb #a29ae311
 class ScoreTable:
     "The scores of a profile, and the questions one asks of them."
 
@@ -220,27 +237,30 @@ class ScoreTable:
         found = self._by.get((task, method))
         return found if found and found["seeds"] else None
 
-    @property
-    def contenders(self) -> list[str]:
-        "The proposed method and the comparison methods, as far as there are records: those that are ranked."
-        return [m for m in self.methods if self.roles[m] in ("proposed", "comparison")]
-
-    @property
-    def common(self) -> list[str]:
-        "Tasks that every method with any record has: those that are averaged."
-        present = [m for m in self.methods if any(self.cell(t, m) for t in self.tasks)]
-        return [t for t in self.tasks if all(self.cell(t, m) for m in present)]
-
-    @property
-    def machines(self) -> dict[str, int]:  # processor, device and number format -> runs
-        "What the runs were timed on."
-        timed = [_machine(run) for run in self.runs[self.runs["train_seconds"] > 0].to_dict("records")]
-        return {name: timed.count(name) for name in sorted(set(timed))}
-
     def scores(self, methods: list[str] | None = None) -> pd.DataFrame:
         "Mean scores, rows are tasks."
         wide = self.cells.pivot(index="task", columns="method", values="score")
         return wide.reindex(index=self.tasks, columns=methods or self.methods)
+
+# %% ../../nbs/report/61_results.ipynb #f0deb604
+@patch(as_prop=True)
+def contenders(self: ScoreTable) -> list[str]:
+    "The proposed method and the comparison methods, as far as there are records: those that are ranked."
+    return [m for m in self.methods if self.roles[m] in ("proposed", "comparison")]
+
+
+@patch(as_prop=True)
+def common(self: ScoreTable) -> list[str]:
+    "Tasks that every method with any record has: those that are averaged."
+    present = [m for m in self.methods if any(self.cell(t, m) for t in self.tasks)]
+    return [t for t in self.tasks if all(self.cell(t, m) for m in present)]
+
+
+@patch(as_prop=True)
+def machines(self: ScoreTable) -> dict[str, int]:  # processor, device and number format -> runs
+    "What the runs were timed on."
+    timed = [_machine(run) for run in self.runs[self.runs["train_seconds"] > 0].to_dict("records")]
+    return {name: timed.count(name) for name in sorted(set(timed))}
 
 # %% ../../nbs/report/61_results.ipynb #a5c95a4d
 def _shared(self, task, first, second):
@@ -248,7 +268,8 @@ def _shared(self, task, first, second):
     return [s for s in self.seeds if (task, first, s) in self._runs and (task, second, s) in self._runs]
 
 
-def _draws_of(self, task, first, second):
+@patch
+def _draws_of(self: ScoreTable, task, first, second):
     "Value and draws of a difference on one task, and how many units the two answer differently."
     seeds = _shared(self, task, first, second)
     if not seeds:
@@ -262,8 +283,9 @@ def _draws_of(self, task, first, second):
     return value, drawn, int(differ.sum()) if groups is None else len(np.unique(groups[differ]))
 
 
-def _difference(
-    self,
+@patch
+def difference(
+    self: ScoreTable,
     first: str,  # method
     second: str,  # method
     tasks: list[str] | None = None,  # averaged over; None is all that both have
@@ -274,14 +296,11 @@ def _difference(
     if not found:
         return Difference(math.nan, math.nan, math.nan, math.nan)
     values, drawn, differing = zip(*found)
-    return difference(np.mean(values), [] if any(d is None for d in drawn) else np.mean(drawn, 0), sum(differing))
-
-
-ScoreTable._draws_of = _draws_of
-ScoreTable.difference = _difference
+    return paired_difference(np.mean(values), [] if any(d is None for d in drawn) else np.mean(drawn, 0), sum(differing))
 
 # %% ../../nbs/report/61_results.ipynb #c36f4a9a
-def _standing(self, task, method):
+@patch
+def _standing(self: ScoreTable, task, method):
     '"best", "level" with the best, or "".'
     there = {m: c["score"] for m in self.methods if (c := self.cell(task, m))}
     if method not in there or len(there) < 2:
@@ -292,9 +311,6 @@ def _standing(self, task, method):
         return "best" if all(v == "win" for v in verdicts.values()) else "level"
     return "" if verdicts[method] == "win" else "level"
 
-
-ScoreTable._standing = _standing
-
 # %% ../../nbs/report/61_results.ipynb #5ef389a9
 def _time(cells):
     "Training time relative to `pt`, over the tasks where both were timed on the same kind of machine."
@@ -302,7 +318,8 @@ def _time(cells):
     return both["train_seconds"].sum() / (both["train_seconds"] / both["time_of_pt"]).sum() if len(both) else math.nan
 
 
-def _overall(self) -> pd.DataFrame:  # one row a method
+@patch
+def overall(self: ScoreTable) -> pd.DataFrame:  # one row a method
     "Mean score with interval, ranks, worst gap, size and time of every method."
     wide = self.scores(self.contenders)
     placed, behind, rows = ranks(wide), gaps(wide), []
@@ -321,8 +338,9 @@ def _overall(self) -> pd.DataFrame:  # one row a method
         rows.append(row)
     return pd.DataFrame(rows)
 
-
-def _mean_interval(self, method):
+# %% ../../nbs/report/61_results.ipynb #21ded185
+@patch
+def _mean_interval(self: ScoreTable, method):
     "Interval of the mean score over the common tasks."
     keys = [[k for s in self.seeds if (k := (t, method, s)) in self._runs] for t in self.common]
     if not keys or not all(keys) or not all(k in self.drawn for own in keys for k in own):
@@ -331,8 +349,10 @@ def _mean_interval(self, method):
     return interval("mean", drawn, 2)
 
 
-ScoreTable.overall, ScoreTable._mean_interval = _overall, _mean_interval
-ScoreTable.critical_difference = lambda self: critical_difference(len(self.contenders), len(self.scores(self.contenders).dropna()))
+@patch
+def critical_difference(self: ScoreTable) -> float:  # difference of mean ranks; infinite where no task has all methods
+    "Nemenyi's critical difference of the methods that are ranked."
+    return nemenyi(len(self.contenders), len(self.scores(self.contenders).dropna()))
 
 # %% ../../nbs/report/61_results.ipynb #dd5f3be1
 def _against(self, first, second):
@@ -354,8 +374,9 @@ def _against(self, first, second):
     }  # fmt: skip
 
 
-def _compare(
-    self,
+@patch
+def compare(
+    self: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> pd.DataFrame:  # one row for each other method; p values as found and corrected (Holm)
     "A method against each other one."
@@ -369,12 +390,10 @@ def _compare(
         self._compared[method] = rows
     return self._compared[method].copy()
 
-
-ScoreTable.compare = _compare
-
 # %% ../../nbs/report/61_results.ipynb #f417adb4
-def _differences(
-    self,
+@patch
+def differences(
+    self: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> pd.DataFrame:  # one row a task and other method
     "A method against each other one, task by task."
@@ -385,9 +404,6 @@ def _differences(
                 d = self.difference(method, other, [task])
                 rows.append({"task": task, "method": other, "difference": d.value, "low": d.low, "high": d.high, "p": d.p, "verdict": d.verdict})
     return pd.DataFrame(rows, columns=["task", "method", "difference", "low", "high", "p", "verdict"])
-
-
-ScoreTable.differences = _differences
 
 # %% ../../nbs/report/61_results.ipynb #c0d1395b
 _ROLES = {"frozen": "reference", "ept": "proposed", **dict.fromkeys(("ept-no-fusion", "ept-no-projection", "ept-one-space"), "ablation")}
@@ -403,14 +419,11 @@ def made_up(
     source: str = "embedded",  # of the profile's data
 ) -> ScoreTable:
     "A table of numbers that nobody has measured, for examples and tests."
-    from ept.grid.profiles import BackboneChoice, DataChoice, Grid
-    from ept.data.tasks import get_task
-
     profile = Profile(name, BackboneChoice("none"), DataChoice(source, "data" if source == "embedded" else None), Grid(tuple(tasks), tuple(methods), tuple(seeds)), {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks})
     rows = [_made_up_run(get_task(p.task), p.method, p.seed, methods.index(p.method) / len(methods), 28 if p.task == "cb" else n, p.key not in missing) for p in profile.runs()]
     return ScoreTable(profile, pd.DataFrame(rows), _made_up_sweep(tasks, seeds) if "ept" in methods else None)
 
-
+# %% ../../nbs/report/61_results.ipynb #b3911618
 def _made_up_run(task, method, seed, skill, n, there):
     "One run, as `collect` would give it."
     shared, own = (np.random.default_rng(list(text.encode())) for text in (task.name, f"{task.name}-{method}-{seed}"))
@@ -452,3 +465,26 @@ def collect_sweep(
         score = json.loads(file.read_text())["score"] if file.exists() else math.nan
         rows.append((swept, value, plan.task, plan.method, plan.seed, score))
     return pd.DataFrame(rows, columns=SWEEP)
+
+# %% ../../nbs/report/61_results.ipynb #1a68fbcd
+def sweep_points(
+    table: ScoreTable,
+    swept: str,  # a key of `SIZES`
+) -> tuple[pd.DataFrame, int | None]:  # mean scores over seeds, rows are values, columns tasks; the grid's own value, None where it has no run
+    "Scores of a swept size, with the grid's own runs on the same tasks and seeds."
+    own = table.sweep[table.sweep["swept"] == swept]
+    pairs, method, rows = set(zip(own["task"], own["seed"])), own["method"].iloc[0], []
+    for run in table.runs[(table.runs["method"] == method) & table.runs["score"].notna()].to_dict("records"):
+        if (run["task"], run["seed"]) in pairs and run.get("config") and swept in run["config"].get("sizes", {}):
+            rows.append({"value": run["config"]["sizes"][swept], "task": run["task"], "score": run["score"]})
+    usual = rows[0]["value"] if rows else None
+    points = pd.concat([own[["value", "task", "score"]], pd.DataFrame([r for r in rows if r["value"] not in set(own["value"])], columns=["value", "task", "score"])])
+    return points.pivot_table(index="value", columns="task", values="score").sort_index(), usual
+
+
+def sweep_mean(
+    points: pd.DataFrame,  # of `sweep_points`
+) -> pd.Series:  # value -> score; empty where no task has all values
+    "Mean over the tasks that have every value of the size."
+    whole = points.dropna(axis=1)
+    return whole.mean(axis=1) if whole.shape[1] else pd.Series(dtype=float)

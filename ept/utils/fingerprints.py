@@ -36,8 +36,10 @@ def _is_text(node):
 # %% ../../nbs/utils/00c_fingerprints.ipynb #6a6c1dec
 @lru_cache(maxsize=None)
 def _read(file, changed):
-    "Imports and text of a module or notebook; `changed`, its time of change, makes a changed file another one."
+    "Imports and text of a module, notebook or template; `changed`, its time of change, makes a changed file another one."
     source = Path(file).read_text()
+    if not file.endswith((".py", ".ipynb")):
+        return [], source
     if file.endswith(".ipynb"):
         source = "\n".join("".join(cell["source"]) for cell in json.loads(source)["cells"] if cell["cell_type"] == "code")
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
@@ -63,7 +65,7 @@ def import_closure(
     entry: str | Path,  # a module, "ept.training.training", or the file of a notebook or script
     folder: str | Path | None = None,  # of the package; None is this one's
 ) -> dict[str, Path]:  # dotted name -> file, sorted; without the entry if that is a file
-    "The modules of the package that some code can reach by its imports; `ValueError` for a name that is imported from no module."
+    "The modules of the package that some code can reach by its imports, and the templates of their packages; `ValueError` for a name that is imported from no module."
     folder = Path(folder or Path(__file__).parents[1])
     package, found, due = folder.name, {}, []
 
@@ -92,7 +94,8 @@ def import_closure(
         above = name if file.name == "__init__.py" else name.rpartition(".")[0]
         add(_open(file)[0], above.split("."))
         due.append(locate(above)) if above != package else None
-    return dict(sorted(found.items()))
+    templates = {f"{name}.templates/{path.name}": path for name, file in found.items() if file.name == "__init__.py" for path in file.parent.glob("templates/*") if path.is_file()}
+    return dict(sorted((found | templates).items()))
 
 # %% ../../nbs/utils/00c_fingerprints.ipynb #542d38d7
 def code_version(

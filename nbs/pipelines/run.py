@@ -81,8 +81,6 @@ def run(stage, values):
     key = "-".join(str(used[name]) for name in ("task", "method", "size", "seed") if name in used)
     folder = file.resolve().parent
     target = folder / "runs" / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
-    if stage == "report":
-        target = folder / "results" / "report" / "report.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial.ipynb")
     try:
@@ -92,20 +90,8 @@ def run(stage, values):
         )  # fmt: skip
     finally:
         if partial.exists():
-            if stage == "report":
-                forget_times(partial)
             os.replace(partial, target)
     return target
-
-
-def forget_times(notebook):
-    "Take papermill's times and paths out of a notebook that is kept in git."
-    import json
-
-    values = json.loads(notebook.read_text())
-    for part in (values, *values["cells"]):
-        part["metadata"].pop("papermill", None)
-    notebook.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(arguments):
