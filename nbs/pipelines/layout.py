@@ -96,14 +96,14 @@ def main(arguments=None):
     "Command line; the exit status."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new", metavar="NAME", help="make a new profile of this name")
-    parser.add_argument("--from", dest="origin", metavar="PROFILE", default="embedded", help="whose parameters it begins with")
+    parser.add_argument("--from", dest="origin", metavar="PROFILE", help="whose parameters it begins with; without it, the default profile's")
     chosen = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     from ept.grid.profiles import load_profile, profile_files
 
     try:
         if chosen.new is not None:
-            file = new_profile(chosen.new, chosen.origin)
+            file = new_profile(chosen.new, chosen.origin or next(iter(profile_files(ROOT))))
             print(f"edit {file.relative_to(ROOT)}, then: make reproduce PROFILE={chosen.new}")
             return 0
         for name, file in profile_files(ROOT).items():
