@@ -15,7 +15,14 @@ from tests.conftest import byte_tokenizer, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "runs", "results", "data", "backbone", "tasks", "profiles", "bench", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
+LEFT_OUT = {".git", ".venv", "runs", "results", "data", "backbone", "tasks", "profiles", "bench", "dvc.lock"}  # of the root
+EVERYWHERE = shutil.ignore_patterns("cache", "tmp", "__pycache__", ".ipynb_checkpoints", "*.egg-info")
+
+
+def left_out(folder, names):
+    """What is not copied into a miniature; `ept/data` and `nbs/data` are."""
+    return EVERYWHERE(folder, names) | (LEFT_OUT & set(names) if Path(folder) == ROOT else set())
+
 
 PARAMETERS = {
     "profile": "embedded",
@@ -36,7 +43,7 @@ class Clone:
 
     def __init__(self, root):
         self.root = self.folder = root
-        shutil.copytree(ROOT, root, symlinks=True, ignore=LEFT_OUT)
+        shutil.copytree(ROOT, root, symlinks=True, ignore=left_out)
         tiny_t5().save_pretrained(root / "backbone")
         byte_tokenizer(eos=True).save_pretrained(root / "backbone")
         self.write(PARAMETERS)
