@@ -160,24 +160,24 @@ def test_plain_dvc_makes_the_same(clone, back):
 
 @pytest.mark.slow
 def test_words_about_code_make_nothing_stale(clone, back):
-    edit(clone.root / "ept/model.py", '"""', '"""Another docstring. ')
-    edit(clone.root / "ept/training.py", "import hashlib", "import hashlib  # a comment")
+    edit(clone.root / "ept/model/modeling.py", '"""', '"""Another docstring. ')
+    edit(clone.root / "ept/training/training.py", "import hashlib", "import hashlib  # a comment")
     assert clone.stages(clone.dvc("repro", "--dry")) == ["plan"], "the cheap stage reads the code again"
     assert clone.repro("--single-item", "plan") == ["plan"]
     assert clone.stages(clone.dvc("repro", "--dry")) == [] and "up to date" in clone.dvc("status")
-    assert clone.git("diff", "--name-only").split() == ["dvc.lock", "ept/model.py", "ept/training.py"], "no fingerprint has changed"
+    assert clone.git("diff", "--name-only").split() == ["dvc.lock", "ept/model/modeling.py", "ept/training/training.py"], "no fingerprint has changed"
 
 
 @pytest.mark.slow
 def test_a_changed_line_is_seen_by_the_stages_that_reach_it(clone, back):
-    edit(clone.root / "ept/evaluation.py", "predictions, labels = ", "predictions, labels = None or ")
+    edit(clone.root / "ept/training/evaluation.py", "predictions, labels = ", "predictions, labels = None or ")
     assert "plan:" in clone.call("-m", "dvc", "status")
     assert clone.due() == sorted(f"{t}:{s}" for t in TASKS for s in ("evaluate@pt-0", "evaluate@ept-0", "reference@frozen-0"))
 
 
 @pytest.mark.slow
 def test_code_that_a_stage_does_not_reach_leaves_it_alone(clone, back):
-    for module, line in (("figures", "LOOKS = "), ("pretraining", "SENTINELS = "), ("synthetic", "MAKERS = ")):
+    for module, line in (("report/figures", "LOOKS = "), ("training/pretraining", "SENTINELS = "), ("data/synthetic", "MAKERS = ")):
         edit(clone.root / f"ept/{module}.py", f"\n{line}", f"\n_UNUSED = 1\n{line}")
     assert clone.due() == ["report"]
 
@@ -191,7 +191,7 @@ def test_status_tells_the_truth(clone, back):
     assert "plan:" in said and all(f"tasks/{t}/dvc.yaml:train@{m}-0:" in said for t in TASKS for m in ("pt", "ept")) and "reference" not in said
     clone.git("checkout", "-q", "--", ".")
     assert "up to date" in status()
-    edit(clone.root / "ept/training.py", "import hashlib", "import hashlib\n\nUNUSED = 1")
+    edit(clone.root / "ept/training/training.py", "import hashlib", "import hashlib\n\nUNUSED = 1")
     assert "modified:           ept" in status()
 
 
