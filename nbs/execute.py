@@ -87,7 +87,8 @@ def shown(outputs):
 async def execute(path, flags=()):
     "A notebook with the outputs of a fresh run; and the identifiers of the cells that were executed, for their outputs to be compared."
     notebook = nbformat.read(path, as_version=4)
-    skipped = get_config(path).tst_flags
+    config = get_config(path)
+    skipped = config.tst_flags
     cells = {cell.id: cell for cell in nb_test_cells(path, skipped.split() if isinstance(skipped, str) else skipped, flags)}
     client = NotebookClient(
         notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
@@ -98,7 +99,7 @@ async def execute(path, flags=()):
             if cell.cell_type == "code" and cell.id in cells:
                 await client.async_execute_cell(cell, number)
                 cell.outputs = [] if "hide" in cells[cell.id].directives_ else shown(cell.outputs)
-    clean_nb(notebook, allowed_cell_metadata_keys=["tags"])
+    clean_nb(notebook, **{key: config.get(key) for key in ("allowed_metadata_keys", "allowed_cell_metadata_keys", "allowed_out_metadata_keys")})
     return notebook, set(cells)
 
 
