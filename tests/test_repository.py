@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -21,11 +22,18 @@ from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "nbs"))
+import execute  # noqa: E402
+
+sys.path.pop(0)
+
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts[len(ROOT.parts) :]))
 PIPELINE = [p for p in NOTEBOOKS if p.parent.name == "pipelines"]
 MODULES = {f"{p.parent.name}.{p.stem.split('_', 1)[1]}": p for p in sorted(NOTEBOOKS, key=lambda p: p.name) if re.match(r"\d\d[a-z]?_", p.name)}
 PROFILES = profile_files(ROOT)
 BIN = Path(sys.executable).parent
+LONG = 40  # lines of an exported cell that nobody has to explain
+BIG = 200_000  # bytes of a notebook with its outputs
 
 
 def name(path):
@@ -38,6 +46,11 @@ def cells(notebook, kind="code"):
 
 def source(cell):
     return "".join(cell["source"])
+
+
+def directives(cell):
+    """Those of nbdev at the top of a cell."""
+    return {word for line in source(cell).splitlines() if line.startswith("#|") for word in re.findall(r"[\w-]+", line)[:1]}
 
 
 # ---- notebooks ----------------------------------------------------------------------------------------------------------
@@ -79,6 +92,56 @@ def test_every_module_says_that_it_is_generated():
 def test_notebook_begins_with_a_title_and_a_sentence(notebook):
     first = cells(notebook, "markdown")[0]
     assert re.match(r"# .+\n\n> .+", source(first)), "title (H1), empty line, one quoted sentence"
+
+
+def shows_a_value(cell):
+    """Whether a cell surely shows something: it ends with a value that is no call, for a call may return nothing."""
+    if directives(cell) & {"hide", "slow", "notest", "eval"} or re.search(r"(?m)^%|;\s*$", source(cell)):
+        return False
+    last = ast.parse(source(cell)).body[-1:]
+    return bool(last) and isinstance(last[0], ast.Expr) and not isinstance(last[0].value, ast.Call)
+
+
+@pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p not in PIPELINE], ids=name)
+def test_notebook_shows_its_values(notebook):
+    """Whether they are right is asked by nbs/execute.py, in `make test`."""
+    silent = [c["id"] for c in cells(notebook) if shows_a_value(c) and not c["outputs"]]
+    assert not silent, f"run `make outputs`, look at the difference, then commit: {silent}"
+    failed = [c["id"] for c in cells(notebook) for o in c["outputs"] if o["output_type"] == "error"]
+    assert not failed, f"cells {failed} show an error; a failure is shown by expect_fail"
+    assert notebook.stat().st_size < BIG, "smaller pictures, shorter tables"
+    assert not execute.volatile(nbformat.read(notebook, as_version=4))
+
+
+def first_defined(cell):
+    """The first name that a cell defines."""
+    node = next(n for n in ast.parse(source(cell)).body if not isinstance(n, (ast.Import, ast.ImportFrom)))
+    return getattr(node, "name", None) or ast.unparse(getattr(node, "targets", [node])[0])
+
+
+# Exported cells that are longer than LONG lines, by the first thing that they define, and why. The list should become shorter.
+FIELDS = "a class with a line for each field or path"
+OVERRIDES = "one class of the Trainer or of a module, whose methods are read together"
+FIGURE = "one figure and the parts that it is drawn from"
+SENTENCES = "one kind of sentence or check after the other, each a few lines"
+DIVIDE = "several ideas; cells of their own would be better"
+LONG_CELLS = {
+    **dict.fromkeys(["data.tasks.Task", "prompt.soft.INITIALISATIONS", "grid.profiles.TEXT", "grid.profiles.Profile", "grid.profiles.Paths", "methods.registry.ROLES"], FIELDS),
+    **dict.fromkeys(["methods.attempt.PromptMixture", "methods.mpt.ProductConfig", "training.training.NonFiniteLoss", "report.tables.Table"], OVERRIDES),
+    **dict.fromkeys([f"report.figures.{name}" for name in ("plot_scores", "_plot_cost", "spread", "MOST", "DIRECTIONS")], FIGURE),
+    **dict.fromkeys(["grid.profiles._check_lists", "report.page._points", "report.page._consistency"], SENTENCES),
+    **dict.fromkeys(["model.adaptation.attach", "model.modeling.start_of", "model.modeling.FORMAT_VERSION", "model.exchange._TASK_TYPES"], DIVIDE),
+    **dict.fromkeys(["training.training._Job", "training.pretraining.Material", "grid.runs.search_rates", "report.page.MANY"], DIVIDE),
+    **dict.fromkeys([f"report.results.{name}" for name in ("MEASURED", "_floor", "label", "_ROLES")], DIVIDE),
+    **dict.fromkeys(["report.tables.PUBLISHED", "report.tables.score_cell", "report.figures.(BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY)"], DIVIDE),
+}  # fmt: skip
+
+
+def test_no_exported_cell_is_long_without_a_reason():
+    exported = [(m, c) for m, notebook in MODULES.items() for c in cells(notebook) if directives(c) & {"export", "exporti"}]
+    long = {f"{module}.{first_defined(cell)}" for module, cell in exported if len(source(cell).splitlines()) - 1 > LONG}
+    assert not long - LONG_CELLS.keys(), "divide them, with an example between the parts, or say in LONG_CELLS why not"
+    assert not LONG_CELLS.keys() - long, "no longer long; take them out of LONG_CELLS"
 
 
 @pytest.mark.parametrize("notebook", PIPELINE, ids=name)
@@ -196,7 +259,7 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
     assert not reached("train") & {*shown, *made, "grid.records", "training.evaluation"}
     assert not reached("evaluate") & {*shown, *made, "training.training", "methods.registry"}
     assert not reached("report") & {*inside, "model.backbone", "data.loading"}
-    assert reached("search") == reached("train") and reached("report") >= shown
+    assert reached("search") | {"training.curves"} == reached("train") and reached("report") >= shown
     checkpoints = {name.split(".", 1)[1] for name in import_closure("ept.training.training")}
     assert not checkpoints & {*shown, *made, "grid.records", "training.evaluation"}, "editing a figure discards no killed run"
 
@@ -342,6 +405,27 @@ def test_no_link_is_in_git():
     if listed.returncode:
         pytest.skip("not a git clone")
     assert not [line for line in listed.stdout.splitlines() if line.startswith("120000")]
+
+
+def links(text):
+    """Targets of Markdown and HTML links and pictures, those of the web and of the page itself left out."""
+    found = re.findall(r"\]\(<?([^)\s>]+)", text) + re.findall(r"""(?:src|href)=["']([^"']+)""", text)
+    return {target.partition("#")[0] for target in found if not re.match(r"\w+:|#|//", target)} - {""}
+
+
+def test_links_lead_to_files():
+    """Seen from the folder of the page, as JupyterLab and a git host do."""
+    dead = []
+    for file in tracked():
+        if file.suffix == ".md":
+            text = file.read_text()
+        elif file.suffix == ".ipynb":
+            text = "\n".join(source(c) for c in cells(file, "markdown"))
+        else:
+            continue
+        text = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text)
+        dead += [f"{file.relative_to(ROOT)}: {target}" for target in sorted(links(text)) if not (file.parent / target).exists()]
+    assert not dead, dead
 
 
 def test_no_path_of_one_machine_is_in_git():

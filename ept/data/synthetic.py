@@ -18,6 +18,7 @@ import datasets
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fastcore.basics import patch
 
 from ..utils.checking import unknown
 from ..utils.files import write_atomic
@@ -115,37 +116,51 @@ class Speaker:
             raise ValueError(f"vocabulary is {vocabulary!r}; it must be 'train', 'evaluation' or 'all'")
         self.random, self.vocabulary, self.novel = random.Random(str(seed)), vocabulary, False
 
-    def chance(self, p):
+    def chance(self, p: float) -> bool:
+        "True with probability `p`."
         return self.random.random() < p
 
-    def among(self, options):
+    def among(self, options: list):
+        "One of the options, all alike."
         return options[int(self.random.random() * len(options))]
 
-    def pick(self, pair, p=0.3):
-        "One of `pair = (seen, held out)` and whether it is held out."
-        seen, held = pair
-        if self.vocabulary == "all":
-            return self.among(list(seen) + list(held)), False
-        new = bool(held) and self.vocabulary == "evaluation" and self.chance(p)
-        return self.among(held if new else seen), new
+# %% ../../nbs/data/02_synthetic.ipynb #63d1c7f3
+@patch
+def pick(
+    self: Speaker,
+    pair: tuple,  # (seen, held out), lists of words or frames
+    p: float = 0.3,  # probability of a held-out one, in evaluation
+) -> tuple:  # (what was drawn, whether it is held out)
+    "One of a pair of lists, as the vocabulary allows."
+    seen, held = pair
+    if self.vocabulary == "all":
+        return self.among(list(seen) + list(held)), False
+    new = bool(held) and self.vocabulary == "evaluation" and self.chance(p)
+    return self.among(held if new else seen), new
 
-    def words(self, kind, n=1):
-        "`n` different words of a kind."
-        drawn = []
-        while len(drawn) < n:
-            word, _ = self.pick(LEXICON[kind])
-            if word not in drawn:
-                drawn.append(word)
-        return drawn
 
-    def word(self, kind):
-        return self.words(kind)[0]
+@patch
+def words(
+    self: Speaker,
+    kind: str,  # an entry of `LEXICON`
+    n: int = 1,
+) -> list[str]:  # all different
+    "`n` words of a kind."
+    drawn = []
+    while len(drawn) < n:
+        word, _ = self.pick(LEXICON[kind])
+        if word not in drawn:
+            drawn.append(word)
+    return drawn
 
-    def frame(self, name):
-        "A sentence frame; a held-out one marks the row as new."
-        frame, new = self.pick(FRAMES[name], p=0.4)
-        self.novel |= new
-        return frame
+
+@patch
+def word(
+    self: Speaker,
+    kind: str,  # an entry of `LEXICON`
+) -> str:
+    "A word of a kind."
+    return self.words(kind)[0]
 
 # %% ../../nbs/data/02_synthetic.ipynb #75761d4e
 def sentence(
@@ -281,6 +296,10 @@ FRAMES.update({name: _frames(text) for name, text in {
     "holding": """{who} has a {colour} {thing}
         the {colour} {thing} belongs to {who}
         | {who} owns a {colour} {thing}""",
+}.items()})
+
+# %% ../../nbs/data/02_synthetic.ipynb #765e0646
+FRAMES.update({name: _frames(text) for name, text in {
     "boolq": """does {who} have a {colour} {thing}
         is it true that {who} has a {colour} {thing}
         | does the {colour} {thing} belong to {who}""",
@@ -300,6 +319,17 @@ FRAMES.update({name: _frames(text) for name, text in {
         the {box} cannot hold the {thing} because it is too {size}
         | we could not put the {thing} into the {box} because it was too {size}""",
 }.items()})
+
+# %% ../../nbs/data/02_synthetic.ipynb #f080a3c6
+@patch
+def frame(
+    self: Speaker,
+    name: str,  # an entry of `FRAMES`
+) -> str:  # with slots in braces
+    "A sentence frame; a held-out one marks the row as new."
+    frame, new = self.pick(FRAMES[name], p=0.4)
+    self.novel |= new
+    return frame
 
 # %% ../../nbs/data/02_synthetic.ipynb #65198143
 def sst2(s, label):
@@ -497,6 +527,7 @@ def _about_things():
     for word, *domains in (w.split("/") for w in _all("sense")):
         yield from (f"{word} {clue}: [{domain}]" for domain in domains for clue in _all(domain))
 
+# %% ../../nbs/data/02_synthetic.ipynb #15e955da
 def _about_words():
     "Synonyms, opposites, forms, praise and blame, what a speaker commits to."
     for base, past, syn, syn_past in (w.split("/") for w in _all("verb")):

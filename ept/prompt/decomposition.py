@@ -39,7 +39,7 @@ def largest_rank(
     short_length: int,  # m, tokens of the short prompt
     max_length: int,  # s, longest input in tokens
     width: int,  # d
-    modules: int = 0,  # trainable numbers of fusion and projection
+    modules: int = 0,  # trainable parameters of fusion and projection
 ) -> int:  # r; negative when not even rank 0 fits
     "The largest rank with `m*d + (s+d)*r + modules <= l*d` (the budget rule of DePT, with the modules counted)."
     return (prompt_length * width - short_length * width - modules) // (max_length + width)
@@ -51,9 +51,9 @@ def check_budget(
     max_length: int,  # s
     width: int,  # d
     rank: int,  # r
-    modules: int = 0,  # trainable numbers of fusion and projection
-) -> int:  # the trainable numbers in all
-    "Raise `ValueError` with both sides when the trainable numbers exceed `l*d`; return their number otherwise."
+    modules: int = 0,  # trainable parameters of fusion and projection
+) -> int:  # the trainable parameters in all
+    "Raise `ValueError` with both sides when the trainable parameters exceed `l*d`; return their number otherwise."
     allowed = prompt_length * width
     used = short_length * width + (max_length + width) * rank + modules
     if used > allowed:

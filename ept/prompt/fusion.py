@@ -9,6 +9,7 @@ __all__ = ['root_mean_square', 'normalise', 'PromptFusion']
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/prompt/11_fusion.ipynb #c6ebea4b
@@ -46,16 +47,28 @@ class PromptFusion(nn.Module):
         width: int,  # d
         fusion_width: int,  # h
     ) -> int:
-        "Trainable numbers: `2*d*h + 1`."
+        "Trainable parameters: `2*d*h + 1`."
         return 2 * width * fusion_width + 1
 
-    def forward(
-        self,
-        prompt: Tensor,  # P, [m, d]
-        offset: Tensor | None,  # c*A@B, [s, d]; None when there is no pair
-    ) -> Tensor:  # F, [m, d]
-        "Attend from the prompt to the rows of the prompt and of the offset."
-        known = prompt if offset is None else torch.cat([prompt, offset])
-        queries, keys = normalise(prompt) @ self.query, normalise(known) @ self.key
-        weights = torch.softmax(queries @ keys.T / math.sqrt(queries.shape[-1]), dim=-1)
-        return self.strength * (weights @ known)
+# %% ../../nbs/prompt/11_fusion.ipynb #7c5a5418
+@patch
+def attention_weights(
+    self: PromptFusion,
+    prompt: Tensor,  # P, [m, d]
+    offset: Tensor | None,  # c*A@B, [s, d]; None when there is no pair
+) -> Tensor:  # [m, m + s], without a pair [m, m]; rows sum to one
+    "How much each prompt token attends to each row of `X = [P ; c*A@B]`."
+    known = prompt if offset is None else torch.cat([prompt, offset])
+    queries, keys = normalise(prompt) @ self.query, normalise(known) @ self.key
+    return torch.softmax(queries @ keys.T / math.sqrt(queries.shape[-1]), dim=-1)
+
+# %% ../../nbs/prompt/11_fusion.ipynb #3db4256f
+@patch
+def forward(
+    self: PromptFusion,
+    prompt: Tensor,  # P, [m, d]
+    offset: Tensor | None,  # c*A@B, [s, d]; None when there is no pair
+) -> Tensor:  # F, [m, d]
+    "Attend from the prompt to the rows of the prompt and of the offset."
+    known = prompt if offset is None else torch.cat([prompt, offset])
+    return self.strength * (self.attention_weights(prompt, offset) @ known)

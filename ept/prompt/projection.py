@@ -9,6 +9,7 @@ __all__ = ['MultiSpaceProjection']
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .fusion import normalise, root_mean_square
@@ -35,23 +36,27 @@ class MultiSpaceProjection(nn.Module):
         spaces: int,  # K
         space_width: int,  # k
     ) -> int:
-        "Trainable numbers: `2*K*d*k + d*(K-1)`."
+        "Trainable parameters: `2*K*d*k + d*(K-1)`."
         return 2 * spaces * width * space_width + width * (spaces - 1)
 
-    def gate_weights(
-        self,
-        prompt: Tensor,  # P, [m, d]
-    ) -> Tensor:  # G, [m, K]; rows sum to one
-        "How much each space counts for each prompt token."
-        fixed = prompt.new_zeros(len(prompt), 1)
-        logits = fixed if self.gate is None else torch.cat([normalise(prompt) @ self.gate, fixed], dim=-1)
-        return torch.softmax(logits, dim=-1)
+# %% ../../nbs/prompt/12_projection.ipynb #9dbc3978
+@patch
+def gate_weights(
+    self: MultiSpaceProjection,
+    prompt: Tensor,  # P, [m, d]
+) -> Tensor:  # G, [m, K]; rows sum to one
+    "How much each space counts for each prompt token."
+    fixed = prompt.new_zeros(len(prompt), 1)
+    logits = fixed if self.gate is None else torch.cat([normalise(prompt) @ self.gate, fixed], dim=-1)
+    return torch.softmax(logits, dim=-1)
 
-    def forward(
-        self,
-        prompt: Tensor,  # P, [m, d]
-    ) -> Tensor:  # S, [m, d]
-        "The correction that the spaces propose, at the scale of the prompt."
-        projected = normalise(prompt) @ self.down @ self.up  # Z, [K, m, d]
-        mixed = torch.einsum("mk,kmd->md", self.gate_weights(prompt), projected)
-        return root_mean_square(prompt) * mixed
+# %% ../../nbs/prompt/12_projection.ipynb #b65c1744
+@patch
+def forward(
+    self: MultiSpaceProjection,
+    prompt: Tensor,  # P, [m, d]
+) -> Tensor:  # S, [m, d]
+    "The correction that the spaces propose, at the scale of the prompt."
+    projected = normalise(prompt) @ self.down @ self.up  # Z, [K, m, d]
+    mixed = torch.einsum("mk,kmd->md", self.gate_weights(prompt), projected)
+    return root_mean_square(prompt) * mixed

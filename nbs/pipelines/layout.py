@@ -151,7 +151,7 @@ def main(arguments=None):
     "Command line; the exit status."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new", metavar="NAME", help="make a new profile of this name")
-    parser.add_argument("--from", dest="origin", metavar="PROFILE", default="embedded", help="whose parameters it begins with")
+    parser.add_argument("--from", dest="origin", metavar="PROFILE", help="whose parameters it begins with; without it, the default profile's")
     parser.add_argument("--tasks", metavar="FILE", nargs="*", default=[], help="task files, in place of the tasks of those parameters")
     chosen = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
@@ -159,7 +159,7 @@ def main(arguments=None):
 
     try:
         if chosen.new is not None:
-            file = new_profile(chosen.new, chosen.origin, chosen.tasks)
+            file = new_profile(chosen.new, chosen.origin or next(iter(profile_files(ROOT))), chosen.tasks)
             print(f"edit {file.relative_to(ROOT)}, then: make reproduce PROFILE={chosen.new}")
             return 0
         for name, file in profile_files(ROOT).items():

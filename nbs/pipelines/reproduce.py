@@ -1,4 +1,4 @@
-"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile embedded --jobs 2`.
+"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile smollm2 --jobs 2`.
 
 `dvc repro` in the profile's folder does the same, one stage after another. Here the runs are dealt out to several processes, each
 with an explicit list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the
@@ -108,7 +108,7 @@ def main(arguments=None):
     from progress import Progress
 
     files = profile_files(ROOT)
-    parser.add_argument("--profile", default="embedded", help=f"one of: {', '.join(files)}")
+    parser.add_argument("--profile", default=next(iter(files)), help=f"one of: {', '.join(files)} (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="runs of the grid at a time")
     chosen = parser.parse_args(arguments)
     try:

@@ -1,9 +1,9 @@
 """A process that has imported the big libraries and forks a worker for each stage.
 
 Importing PyTorch, transformers and the rest takes 3 to 5 seconds, and the embedded grid has 130 stages that then work for two
-or less. `make reproduce` starts this process, and each stage's `run.py` hands over its arguments, its folder and its terminal,
-and waits for the exit status. The library itself is not imported here but for its fingerprints: a worker imports it as it is on the
-disk.
+or less. `make reproduce` starts this process, and each stage's `run.py` hands over its arguments, its folder and its terminal, and
+waits for the exit status. A worker does what `run.py` would have done without it, see stage.py. The library itself is not imported here
+but for its fingerprints: a worker imports it as it is on the disk.
 
 A worker lives no longer than the `run.py` that asked for it, and this process no longer than the one that started it.
 """
@@ -56,11 +56,11 @@ def _work(connection):
     os.environ.clear()
     os.environ.update(request["environment"])
     threading.Thread(target=lambda: connection.recv(1) or os._exit(137), daemon=True).start()  # the asker is gone
-    import run
+    import stage
 
     os.chdir(request["folder"])
-    run.prepare_process()
-    return run.main(request["arguments"])
+    stage.prepare_process()
+    return stage.main(request["arguments"])
 
 
 def _fork(connection, listener):
@@ -103,11 +103,12 @@ def serve(address):
 
 def _import():
     "What every stage would import, but for the library itself."
-    import run
+    import stage
 
-    run.prepare_process()
+    stage.prepare_process()
     import datasets  # noqa: F401
     import engine  # noqa: F401
+    import matplotlib.backends.backend_svg  # noqa: F401
     import pandas  # noqa: F401
     import papermill.execute  # noqa: F401
     import scipy.stats  # noqa: F401

@@ -1,0 +1,138 @@
+"""A stage of the pipeline: its parameters, as its notebook says them, and its execution.
+
+papermill puts the parameters into the notebook; the cells are executed in this process (see engine.py), so that no kernel has to be
+started for each of the grid's stages. The executed notebook is kept in the profile's `runs/notebooks/`, as a report for people.
+`run.py` is the command for it, and `warm.py` does the same in a process that has the big libraries imported.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.ipynb")))
+
+
+def prepare_process():
+    "Settings of a process that executes notebooks."
+    sys.path.insert(0, str(ROOT))  # the modules that DVC watches are the ones that run
+    sys.modules.setdefault("rfc3987_syntax", None)  # optional for jsonschema, unused here, and 0.7 s to import
+    os.environ.setdefault("MPLBACKEND", "agg")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def notebook_of(stage):
+    "The notebook that a stage executes."
+    return Path(__file__).with_name(f"{stage}.ipynb")
+
+
+# ---- parameters ---------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    "argparse, with mistakes as `ValueError` for the caller to show."
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def sentence(stage):
+    "What a stage does: the quoted sentence under its notebook's title."
+    first = "".join(json.loads(notebook_of(stage).read_text())["cells"][0]["source"])
+    return re.search(r"(?m)^> (.+)", first)[1]
+
+
+def parameters(stage):
+    "The parameters cell of a stage's notebook: name -> (default, comment)."
+    import yaml
+    from papermill.inspection import inspect_notebook
+
+    return {name: (yaml.safe_load(found["default"]), found["help"]) for name, found in inspect_notebook(str(notebook_of(stage))).items()}
+
+
+def parser_of(stage=None):
+    "The parser of the command line: all stages, and the parameters of one."
+    parser = Parser(prog="run.py", description="Run one notebook of the pipeline.", epilog="`run.py STAGE --help` lists the parameters of a stage.")
+    stages = parser.add_subparsers(dest="stage", metavar="STAGE", required=True)
+    for name in STAGES:
+        own = stages.add_parser(name, help=sentence(name), description=sentence(name), allow_abbrev=False)
+        if name == stage:
+            for parameter, (default, comment) in parameters(name).items():
+                own.add_argument(option(parameter), type=type(default), default=default, metavar=type(default).__name__, help=f"{comment} (default: %(default)s)")
+    return parser
+
+
+def option(parameter):
+    "A parameter's name on the command line."
+    return f"--{parameter.replace('_', '-')}"
+
+
+def parse(arguments):
+    "The stage and all its parameters; `ValueError` for a name the notebook does not have, or a value of the wrong type."
+    from ept.utils.checking import unknown
+
+    stage = next((a for a in arguments if not a.startswith("-")), None)
+    if stage is not None and stage not in STAGES:
+        raise unknown("stage", stage, STAGES)
+    chosen, rest = parser_of(stage).parse_known_args(arguments)
+    values = vars(chosen)
+    del values["stage"]
+    if rest:
+        raise unknown("parameter", rest[0].partition("=")[0], map(option, values))
+    return stage, values
+
+
+# ---- execution ----------------------------------------------------------------------------------------------------------
+
+
+def execute(stage, values):
+    "Execute a stage's notebook with these parameters, all of them; the path of the executed notebook."
+    import engine  # noqa: F401, registers itself
+    from papermill.execute import execute_notebook
+
+    file = Path(values["profile_file"])
+    if not file.exists():
+        from ept.grid.profiles import profile_files
+
+        there = [os.path.relpath(path) for path in profile_files(ROOT).values()]
+        raise FileNotFoundError(f"no parameter file {values['profile_file']!r}; there are: {', '.join(there)}")
+    key = "-".join(str(values[name]) for name in ("task", "method", "size", "seed") if name in values)
+    folder = file.resolve().parent
+    target = folder / "runs" / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.stem}.partial.ipynb")
+    changed = {name: values[name] for name, (default, _) in parameters(stage).items() if values[name] != default}
+    try:
+        execute_notebook(
+            str(notebook_of(stage)), str(partial), parameters=changed, engine_name="in-process", progress_bar=False, autosave_cell_every=0,
+        )
+    finally:
+        if partial.exists():
+            os.replace(partial, target)
+    return target
+
+
+def main(arguments):
+    "Command line; the exit status."
+    from papermill.exceptions import PapermillExecutionError
+
+    start = time.perf_counter()
+    try:
+        stage, values = parse(arguments)
+        target = execute(stage, values)
+    except SystemExit as shown:  # --help
+        return shown.code or 0
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except PapermillExecutionError as error:
+        print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), file=sys.stderr)
+        print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
+        return 1
+    said = [str(value) for name, value in values.items() if name != "profile_file"]
+    print(f"{' '.join([stage, *said])}: {time.perf_counter() - start:.1f} s, see {os.path.relpath(target)}")
+    return 0
