@@ -102,9 +102,15 @@ def peft_trainer(model, pairs, batch_size, steps, tuned, decoder_only, folder, c
 
     options = {"train_sampling_strategy": "group_by_length"} if tuned and shuffle else {}
     arguments = TrainingArguments(
-        output_dir=folder, per_device_train_batch_size=batch_size, max_steps=steps, learning_rate=0.3, report_to="none",
-        save_strategy="no", disable_tqdm=True, **options,
-    )  # fmt: skip
+        output_dir=folder,
+        per_device_train_batch_size=batch_size,
+        max_steps=steps,
+        learning_rate=0.3,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
     kind = Trainer if shuffle else InOrder
     features = Dataset.from_list(peft_features(pairs, decoder_only))
     return kind(model, arguments, train_dataset=features, data_collator=peft_collate(decoder_only), callbacks=callbacks)
@@ -134,9 +140,7 @@ def our_trainer(model, pairs, batch_size, steps, folder, callbacks, shuffle):
     plan = plan_batches(lengths, batch_size, steps, 0) if shuffle else [list(range(i * batch_size, (i + 1) * batch_size)) for i in range(steps)]
     groups = [{"params": list(g.values()), "lr": 0.3 if name == "prompt" else 1e-3} for name, g in model.parameter_groups().items() if g]
     arguments = TrainingArguments(output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size, report_to="none", save_strategy="no", disable_tqdm=True)
-    return PromptTrainer(
-        model, plan, features, lambda pairs: collate(*map(list, zip(*pairs)), model.family, 0), None, groups, args=arguments, callbacks=callbacks
-    )
+    return PromptTrainer(model, plan, features, lambda pairs: collate(*map(list, zip(*pairs)), model.family, 0), None, groups, args=arguments, callbacks=callbacks)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------------------------
@@ -257,7 +261,6 @@ def prompt(job):
 
 def operations(job):
     "Floating-point operations of one training step, counted by PyTorch."
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     model, make = build(job)
@@ -301,10 +304,20 @@ def backbone(job):
     torch.manual_seed(0)
     size, vocabulary = job["shape"], VOCABULARY[job["shape"]]
     if size == "smollm2":
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=vocabulary, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-            max_position_embeddings=8192, rope_theta=100000.0, tie_word_embeddings=True, pad_token_id=0,
-        ))  # fmt: skip
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=576,
+                intermediate_size=1536,
+                num_hidden_layers=30,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                max_position_embeddings=8192,
+                rope_theta=100000.0,
+                tie_word_embeddings=True,
+                pad_token_id=0,
+            )
+        )
     else:
         shape = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12) if size == "t5-base" else dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
         model = T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **shape))

@@ -17,9 +17,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
-    "status", "dag", "metrics show", "metrics diff", "plots show", "params diff", "data status", "diff", "exp show",
-    "repro --dry", "repro tasks/sst2/dvc.yaml", "repro",
-)  # fmt: skip
+    "status",
+    "dag",
+    "metrics show",
+    "metrics diff",
+    "plots show",
+    "params diff",
+    "data status",
+    "diff",
+    "exp show",
+    "repro --dry",
+    "repro tasks/sst2/dvc.yaml",
+    "repro",
+)
 EXPERIMENT = "exp run -f -n everyday -S training.steps={steps} tasks/sst2/dvc.yaml"
 
 

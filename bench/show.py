@@ -47,11 +47,16 @@ def training_table(shape, machine):
     for name, found in shape["train"].items():
         kind = precision(name, machine)
         share = lambda n: found["operations"][n] / found["step_seconds"][n]["median"] / shape["rates"][kind]
-        rows.append([
-            NAMES[name], kind, *(cell(found["step_seconds"][n], first["step_seconds"][n]) for n in lengths),
-            f"{found['peak_bytes']['median'] / 1e9:.2f} GB ({found['peak_bytes']['median'] / first['peak_bytes']['median']:.2f})",
-            ", ".join(f"{100 * share(n):.0f} %" for n in lengths), f"{found['start_seconds']['median']:.1f} s",
-        ])  # fmt: skip
+        rows.append(
+            [
+                NAMES[name],
+                kind,
+                *(cell(found["step_seconds"][n], first["step_seconds"][n]) for n in lengths),
+                f"{found['peak_bytes']['median'] / 1e9:.2f} GB ({found['peak_bytes']['median'] / first['peak_bytes']['median']:.2f})",
+                ", ".join(f"{100 * share(n):.0f} %" for n in lengths),
+                f"{found['start_seconds']['median']:.1f} s",
+            ]
+        )
     return table(head, rows)
 
 

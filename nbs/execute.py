@@ -51,7 +51,7 @@ VOLATILE = {  # what no output may hold, for it is another one each time, or on 
     "a time": re.compile(r"\b\d{4}-\d\d-\d\d[ T]\d\d:\d\d|\b\d\d:\d\d:\d\d\b|\b\d+(?:\.\d+)? ?(?:s|ms|min|seconds|minutes) \[|\bit/s\b|\bs/it\b"),
     "a progress bar": re.compile(r"\d+%\|"),
     "a warning": re.compile(r"\w+Warning\b: "),
-}  # fmt: skip
+}
 KERNEL = (  # no word about its own connection; pictures small, and without the version of what drew them
     "--log-level=40",
     "--InlineBackend.print_figure_kwargs={'bbox_inches': 'tight', 'dpi': 80, 'metadata': {'Software': None}}",
@@ -101,9 +101,14 @@ async def execute(path, flags=()):
     skipped = config.tst_flags
     cells = {cell.id: cell for cell in nb_test_cells(path, skipped.split() if isinstance(skipped, str) else skipped, flags)}
     client = NotebookClient(
-        notebook, timeout=CELL_SECONDS, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-        store_widget_state=False, record_timing=False, extra_arguments=list(KERNEL),
-    )  # fmt: skip
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+        store_widget_state=False,
+        record_timing=False,
+        extra_arguments=list(KERNEL),
+    )
     async with client.async_setup_kernel(env=environment()):
         for number, cell in enumerate(notebook.cells):
             if cell.cell_type == "code" and cell.id in cells:

@@ -34,9 +34,16 @@ def tiny_t5():
 def tiny_llama():
     torch.manual_seed(1)
     config = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=2, eos_token_id=1,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    )
     return LlamaForCausalLM(config).eval()
 
 

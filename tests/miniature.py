@@ -26,7 +26,7 @@ PARAMETERS = {
     "training": {"steps": 4, "batch_size": 4, "evaluate_every": 2, "prompt_length": 60, "short_length": 8, "max_length": 96},
     "methods": {"frozen": {}, "pt": {}, "ept": {}},
     "tasks": {"cola": {}, "cb": {}},
-}  # fmt: skip
+}
 
 
 TASKS = ("cola", "cb")

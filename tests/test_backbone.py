@@ -14,9 +14,9 @@ import pytest
 import torch
 import transformers
 
+from ept.methods.registry import build_method
 from ept.model import backbone as library
 from ept.model.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
-from ept.methods.registry import build_method
 from tests.conftest import byte_tokenizer, perturbed, tiny_backbone, tiny_gpt2, tiny_t5
 
 COMMIT = "b" * 40
@@ -104,9 +104,12 @@ def hub(folder, tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     keep = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     server.environment = keep | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-    }  # fmt: skip
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hub"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
     server.seen = seen
     yield server
     server.shutdown()

@@ -14,7 +14,6 @@ import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
-from tests.conftest import byte_tokenizer
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
@@ -23,6 +22,7 @@ from ept.data.loading import few_shot, load_task, subsample
 from ept.data.metrics import majority_score
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import SPLITS, TASKS, HubSource, Task
+from tests.conftest import byte_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = SHARED / "data"
@@ -146,8 +146,7 @@ def test_subsample_draws_whole_questions_in_order(tmp_path):
     assert "at least 1" in failure(lambda: subsample("multirc", data, 0))
     sizes = load_task("multirc", "local", folder=tmp_path, subsample={"train": 8, "test": 4})
     assert [len(sizes[s]) for s in SPLITS] == [8, 8, 4]
-    assert "unknown split 'tests'; did you mean 'test'?" in failure(
-        lambda: load_task("multirc", "local", folder=tmp_path, subsample={"tests": 4}))
+    assert "unknown split 'tests'; did you mean 'test'?" in failure(lambda: load_task("multirc", "local", folder=tmp_path, subsample={"tests": 4}))
 
 
 def test_few_shot_draws_by_class_and_by_seed(tmp_path, caplog):
@@ -184,9 +183,16 @@ def wrappings(folder):
     named = Dataset.from_pandas(numbers).cast_column("label", ClassLabel(names=["technical", "billing"]))
     named = named.map(lambda row: {"label": 1 - row["label"]})
     files = {f.name: f for f in sorted(folder.iterdir())}
-    return files | {"path as text": str(folder / "t.csv"), "frame": frame, "numbers": numbers, "dataset": Dataset.from_pandas(frame),
-                    "named dataset": named, "shuffled index": frame.set_index(frame.index[::-1]), "records": frame.to_dict("records"),
-                    "one split": DatasetDict(train=Dataset.from_pandas(frame))}  # fmt: skip
+    return files | {
+        "path as text": str(folder / "t.csv"),
+        "frame": frame,
+        "numbers": numbers,
+        "dataset": Dataset.from_pandas(frame),
+        "named dataset": named,
+        "shuffled index": frame.set_index(frame.index[::-1]),
+        "records": frame.to_dict("records"),
+        "one split": DatasetDict(train=Dataset.from_pandas(frame)),
+    }
 
 
 def test_every_wrapping_gives_the_same_data(tmp_path):
@@ -349,8 +355,7 @@ def hub(tmp_path, monkeypatch):
                 return self.json(commit, {"id": "own/set", "sha": commit, "siblings": [{"rfilename": p} for c, p in files if c == commit]})
             if found := re.fullmatch(r"/api/datasets/own/set/tree/([^/]+|refs/convert/parquet)", path):
                 commit = COMMIT.get(found[1], found[1])
-                return self.json(commit, [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()}
-                                          for (c, p), b in files.items() if c == commit])  # fmt: skip
+                return self.json(commit, [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for (c, p), b in files.items() if c == commit])
             found = re.fullmatch(r"/datasets/own/set/resolve/([^/]+)/(.+)", path)
             body = files.get((found[1], found[2])) if found else None
             if body is None:
@@ -370,8 +375,12 @@ def hub(tmp_path, monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    constants = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-                 "HF_HUB_OFFLINE": False, "HF_HUB_CACHE": str(tmp_path / "cache")}  # fmt: skip
+    constants = {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+    }
     for name, value in constants.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
@@ -457,8 +466,13 @@ def t5_tokenizer():
     return AutoTokenizer.from_pretrained(SHARED / "models" / "t5-tokenizer", local_files_only=True)
 
 
-KINDS = {"bytes-fields": lambda: byte_tokenizer(eos=True), "bytes-question": lambda: byte_tokenizer(eos=False),
-         "ending-question": lambda: byte_tokenizer(eos=True), "t5-fields": t5_tokenizer, "smollm2-question": smollm2_tokenizer}  # fmt: skip
+KINDS = {
+    "bytes-fields": lambda: byte_tokenizer(eos=True),
+    "bytes-question": lambda: byte_tokenizer(eos=False),
+    "ending-question": lambda: byte_tokenizer(eos=True),
+    "t5-fields": t5_tokenizer,
+    "smollm2-question": smollm2_tokenizer,
+}
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
@@ -590,12 +604,21 @@ def test_encoder_refuses_what_it_cannot_use():
 # ---- the real benchmarks
 
 SIZES = {  # training, validation and test rows of what lies in ../shared/data
-    "mnli": (20000, 9832, 9815), "qqp": (19000, 1000, 7600), "qnli": (11096, 1000, 5463), "sst2": (66349, 1000, 872),
-    "stsb": (5749, 750, 750), "mrpc": (3668, 204, 204), "rte": (2490, 138, 139), "cola": (8551, 521, 522),
-    "multirc": (27243, 2392, 2456), "boolq": (9427, 1635, 1635), "wic": (5428, 319, 319), "wsc": (554, 52, 52), "cb": (250, 28, 28),
-}  # fmt: skip
-MAJORITY = {"mnli": 35.4, "qnli": 50.5, "sst2": 50.9, "stsb": 0, "mrpc": 68.4, "rte": 52.7, "cola": 0, "boolq": 62.2,
-            "wic": 50.0, "wsc": 63.5, "cb": 50.0, "qqp": 64.1}  # fmt: skip
+    "mnli": (20000, 9832, 9815),
+    "qqp": (19000, 1000, 7600),
+    "qnli": (11096, 1000, 5463),
+    "sst2": (66349, 1000, 872),
+    "stsb": (5749, 750, 750),
+    "mrpc": (3668, 204, 204),
+    "rte": (2490, 138, 139),
+    "cola": (8551, 521, 522),
+    "multirc": (27243, 2392, 2456),
+    "boolq": (9427, 1635, 1635),
+    "wic": (5428, 319, 319),
+    "wsc": (554, 52, 52),
+    "cb": (250, 28, 28),
+}
+MAJORITY = {"mnli": 35.4, "qnli": 50.5, "sst2": 50.9, "stsb": 0, "mrpc": 68.4, "rte": 52.7, "cola": 0, "boolq": 62.2, "wic": 50.0, "wsc": 63.5, "cb": 50.0, "qqp": 64.1}
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import torch
 from torch.testing import assert_close
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ept.model.exchange import export_peft, import_dept, import_peft
 from ept.methods.registry import build_method
-from ept.model.modeling import EPTModel
 from ept.methods.sources import SOURCE_TASKS
+from ept.model.exchange import export_peft, import_dept, import_peft
+from ept.model.modeling import EPTModel
 from tests.conftest import MODELS, WIDTH, tiny_llama, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,8 +30,16 @@ def released_form(folder, length=6, rank=3, covered=12, width=WIDTH, **changes):
     tensors = {"prompt_embeddings": random(length, width), "prompt_encoder.lora_embedding_A": random(covered, rank)}
     tensors["prompt_encoder.lora_embedding_B"] = random(rank, width)
     torch.save(tensors, folder / "adapter_model.bin")
-    record = {"peft_type": "PROMPT_TUNING_LORA", "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "t5-base", "r": rank,
-              "num_virtual_tokens": length, "max_length": covered, "lora_alpha": 8, "token_dim": width}  # fmt: skip
+    record = {
+        "peft_type": "PROMPT_TUNING_LORA",
+        "task_type": "SEQ_2_SEQ_LM",
+        "base_model_name_or_path": "t5-base",
+        "r": rank,
+        "num_virtual_tokens": length,
+        "max_length": covered,
+        "lora_alpha": 8,
+        "token_dim": width,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(record | changes))
     return tensors
 

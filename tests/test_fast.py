@@ -14,18 +14,18 @@ import torch
 import yaml
 from torch.testing import assert_close
 
-from ept.model.backbone import keep_freed_memory, load_backbone
 from ept.data.encoding import Encoder
 from ept.data.loading import load_task
 from ept.data.metrics import score_task
-from ept.methods.registry import build_method
-from ept.model.modeling import EPTModel
-from ept.training.ranking import predict, rank_labels
-from ept.utils.files import repository_root
 from ept.data.tasks import get_task
+from ept.methods.registry import build_method
+from ept.model.backbone import keep_freed_memory, load_backbone
+from ept.model.modeling import EPTModel
 from ept.training.batching import collate
 from ept.training.config import TrainingConfig
+from ept.training.ranking import predict, rank_labels
 from ept.training.training import train
+from ept.utils.files import repository_root
 from tests.conftest import perturbed
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=40, spaces=3, space_width=1, fusion_width=2, seed=3)

@@ -8,12 +8,12 @@ from torch.testing import assert_close
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ept.methods.adapter import adapter_places
-from ept.methods.registry import METHODS, build_method, method_table, size_names, source_runs
-from ept.model.modeling import EPTModel
 from ept.methods.mpt import share_prompts
+from ept.methods.registry import METHODS, build_method, method_table, size_names, source_runs
+from ept.methods.sources import SOURCE_TASKS, read_sources, sources_of
+from ept.model.modeling import EPTModel
 from ept.model.saving import sizes_of
 from ept.prompt.base import KINDS
-from ept.methods.sources import SOURCE_TASKS, read_sources, sources_of
 from tests.conftest import WIDTH, tiny_llama, tiny_t5
 
 SIZES = dict(prompt_length=20, short_length=4, max_length=12, spaces=2, space_width=1, fusion_width=1)
@@ -230,7 +230,9 @@ def test_every_kind_of_file_is_read_as_what_it_is(tmp_path):
     assert kinds == set(KINDS)
 
 
-@pytest.mark.parametrize(("former", "method"), [("residual", "respt"), ("mixture", "attempt"), ("product", "mpt"), ("weights", "finetune"), ("biases", "bitfit"), ("adapters", "adapterdrop")])
+@pytest.mark.parametrize(
+    ("former", "method"), [("residual", "respt"), ("mixture", "attempt"), ("product", "mpt"), ("weights", "finetune"), ("biases", "bitfit"), ("adapters", "adapterdrop")]
+)
 def test_adapters_keep_their_meaning_under_former_names(former, method, tmp_path):
     import json
 
@@ -275,15 +277,35 @@ def test_a_method_of_ones_own_is_known_once_it_is_registered():
 # Sums of absolute values, made with the version before the comparison methods existed.
 START = {
     "ept": {
-        "embeddings": 102.65078, "offset.position_factors": 16.25948, "offset.embedding_factors": 0.0, "fusion.query": 4.45951,
-        "fusion.key": 3.99223, "fusion.strength": 0.0, "projection.down": 8.3461, "projection.up": 0.0, "projection.gate": 0.0,
+        "embeddings": 102.65078,
+        "offset.position_factors": 16.25948,
+        "offset.embedding_factors": 0.0,
+        "fusion.query": 4.45951,
+        "fusion.key": 3.99223,
+        "fusion.strength": 0.0,
+        "projection.down": 8.3461,
+        "projection.up": 0.0,
+        "projection.gate": 0.0,
     },
     "dept": {"embeddings": 102.65078, "offset.position_factors": 20.59167, "offset.embedding_factors": 0.0},
     "pt": {"embeddings": 519.06834},
     "frozen": {"embeddings": 0.0},
-}  # fmt: skip
-CONFIG_FIELDS = ["prompt_length", "short_length", "max_length", "rank", "alpha", "fusion", "fusion_width", "projection", "spaces", "space_width",
-                 "initialisation", "initial_text", "seed"]  # fmt: skip
+}
+CONFIG_FIELDS = [
+    "prompt_length",
+    "short_length",
+    "max_length",
+    "rank",
+    "alpha",
+    "fusion",
+    "fusion_width",
+    "projection",
+    "spaces",
+    "space_width",
+    "initialisation",
+    "initial_text",
+    "seed",
+]
 
 
 def test_the_family_of_ept_starts_and_is_saved_as_ever(tmp_path):

@@ -24,8 +24,7 @@ def test_classification_equals_scikit_learn(seed):
     assert scores["f1"] == pytest.approx(100 * sk.f1_score(labels, predictions))
     assert score_task("cola", predictions, labels)["matthews"] == pytest.approx(100 * sk.matthews_corrcoef(labels, predictions))
     predictions, labels = draw(seed, 3)
-    assert score_task("cb", predictions, labels)["macro_f1"] == pytest.approx(
-        100 * sk.f1_score(labels, predictions, average="macro"))
+    assert score_task("cb", predictions, labels)["macro_f1"] == pytest.approx(100 * sk.f1_score(labels, predictions, average="macro"))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -15,7 +15,6 @@ import yaml
 
 from tests.miniature import BIN, PARAMETERS, ROOT, TASKS, Clone
 
-
 # ---- mistakes, answered by the runner -----------------------------------------------------------------------------------
 
 
@@ -184,7 +183,15 @@ def test_code_that_a_stage_does_not_reach_leaves_it_alone(clone, back):
 
 @pytest.mark.slow
 def test_status_tells_the_truth(clone, back):
-    status = lambda: subprocess.run(["make", "-s", "status", f"VENV={os.path.relpath(BIN.parent, clone.root)}", "READY=params.yaml"], cwd=clone.root, env=clone.environment(), capture_output=True, text=True).stdout
+    status = lambda: (
+        subprocess.run(
+            ["make", "-s", "status", f"VENV={os.path.relpath(BIN.parent, clone.root)}", "READY=params.yaml"],
+            cwd=clone.root,
+            env=clone.environment(),
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
     assert "up to date" in status()
     clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "learning_rate": 0.1}})
     said = status()

@@ -23,7 +23,7 @@ WITH_TRANSFER = {
     "grid": {"references": ["frozen"], "methods": ["pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]},
     "search": {"factors": [0.5, 1, 2], "steps": 2, "seed": 0},
     "methods": {"frozen": {}, "pt": {}, "spot": {}},
-}  # fmt: skip
+}
 
 
 def search(clone, key):

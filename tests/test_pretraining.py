@@ -9,11 +9,23 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ept.training.pretraining import (INSTRUCTIONS, SENTINELS, Material, Muon, PretrainingConfig, build_tiny_t5, corrupt, orthogonalise, pretrain,
-                             supervised_rows, train_tokenizer, unlabelled_texts)
-from ept.utils.checking import from_dict
 from ept.data.synthetic import HELD_OUT, MAKERS, PRACTICE, make_task
 from ept.data.tasks import TASKS
+from ept.training.pretraining import (
+    INSTRUCTIONS,
+    SENTINELS,
+    Material,
+    Muon,
+    PretrainingConfig,
+    build_tiny_t5,
+    corrupt,
+    orthogonalise,
+    pretrain,
+    supervised_rows,
+    train_tokenizer,
+    unlabelled_texts,
+)
+from ept.utils.checking import from_dict
 
 SMALL = PretrainingConfig(width=16, inner_width=16, head_width=4, layers=1, decoder_layers=1, steps=16, batch_size=4, rows=400)
 
@@ -123,10 +135,10 @@ def test_muon_is_orthogonal_and_moves_every_matrix():
     matrices = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(3)] + [torch.nn.Parameter(torch.randn(8, 4))]
     before = [p.detach().clone() for p in matrices]
     optimizer = Muon(matrices, lr=0.1)
-    sum((p ** 2).sum() for p in matrices).backward()
+    sum((p**2).sum() for p in matrices).backward()
     optimizer.step()
     assert all((p - b).norm() > 0.01 for p, b in zip(matrices, before))
-    assert sum((p ** 2).sum() for p in matrices) < sum((b ** 2).sum() for b in before)
+    assert sum((p**2).sum() for p in matrices) < sum((b**2).sum() for b in before)
 
 
 def test_folder_loads(folder, material):

@@ -14,7 +14,7 @@ from rich.console import Console
 from ept.grid.profiles import load_profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nbs" / "pipelines"))
-from progress import Progress, duration  # noqa: E402
+from progress import Progress, duration
 
 sys.path.pop(0)
 
@@ -80,10 +80,20 @@ def test_a_run_that_is_trained_to_the_same_bits_is_a_line_too(watch):
 
 
 def test_what_is_up_to_date_is_counted_and_not_told(watch):
-    skips = "".join(f"Stage '{stage}' didn't change, skipping\n" for stage in (
-        "plan", "backbone", "tasks/rte/dvc.yaml:prepare", "tasks/rte/dvc.yaml:train@ept-0", "tasks/rte/dvc.yaml:evaluate@ept-0",
-        "tasks/cb/dvc.yaml:reference@frozen-0", "tasks/cb/dvc.yaml:evaluate-transfer@ept-0", "sweep@cb-rank-1-0", "report",
-    ))  # fmt: skip
+    skips = "".join(
+        f"Stage '{stage}' didn't change, skipping\n"
+        for stage in (
+            "plan",
+            "backbone",
+            "tasks/rte/dvc.yaml:prepare",
+            "tasks/rte/dvc.yaml:train@ept-0",
+            "tasks/rte/dvc.yaml:evaluate@ept-0",
+            "tasks/cb/dvc.yaml:reference@frozen-0",
+            "tasks/cb/dvc.yaml:evaluate-transfer@ept-0",
+            "sweep@cb-rank-1-0",
+            "report",
+        )
+    )
     said, state, _ = watch(skips)
     assert "[" not in said and state == (0, 4)
 

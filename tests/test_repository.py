@@ -14,12 +14,12 @@ import nbformat
 import pytest
 import yaml
 
-from ept.grid.configuration import check, resolve
-from ept.utils.fingerprints import import_closure
-from ept.grid.profiles import SWEPT, load_profile, profile_files
-from ept.prompt.soft import EPTConfig
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
+from ept.grid.configuration import check, resolve
+from ept.grid.profiles import SWEPT, load_profile, profile_files
+from ept.prompt.soft import EPTConfig
+from ept.utils.fingerprints import import_closure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "nbs"))
@@ -134,7 +134,7 @@ LONG_CELLS = {
     **dict.fromkeys(["training.training._Job", "training.pretraining.Material", "grid.runs.search_rates", "report.page.MANY"], DIVIDE),
     **dict.fromkeys([f"report.results.{name}" for name in ("MEASURED", "_floor", "label", "_ROLES")], DIVIDE),
     **dict.fromkeys(["report.tables.PUBLISHED", "report.tables.score_cell", "report.figures.(BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY)"], DIVIDE),
-}  # fmt: skip
+}
 
 
 def test_no_exported_cell_is_long_without_a_reason():

@@ -15,16 +15,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from ept.report.figures import LOOKS, NOTED, label_points, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
-from ept.methods.registry import METHODS as REGISTRY
 from ept.data.metrics import score_task
+from ept.data.tasks import TASKS
+from ept.grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
+from ept.methods.registry import METHODS as REGISTRY
+from ept.report.figures import LOOKS, NOTED, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
 from ept.report.page import ABSENT, FIGURES, findings, protocol, render, write_report
 from ept.report.provenance import FORMAT, caveats, present_code, provenance
-from ept.grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Sweep, load_profile, profile_files
 from ept.report.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs
 from ept.report.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from ept.report.tables import PUBLISHED, comparison_table, curves, frames, overall_table, rates_table, score_table, summary, turned_table, write_summary
-from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("frozen", "pt", "ept")
@@ -32,9 +32,14 @@ METHODS = ("frozen", "pt", "ept")
 
 def profile(tasks=("cola", "cb"), methods=METHODS, seeds=(0,), name="small"):
     return Profile(
-        name, BackboneChoice("none"), DataChoice("embedded", "data"), Grid(tuple(tasks), tuple(methods), tuple(seeds)),
-        {}, {m: {} for m in methods}, {t: {} for t in tasks},
-    )  # fmt: skip
+        name,
+        BackboneChoice("none"),
+        DataChoice("embedded", "data"),
+        Grid(tuple(tasks), tuple(methods), tuple(seeds)),
+        {},
+        {m: {} for m in methods},
+        {t: {} for t in tasks},
+    )
 
 
 def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gates=None, constant=False, groups=None, device="cpu", role=None):
@@ -45,11 +50,22 @@ def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gat
     predictions = np.zeros(n, dtype=int) if constant else np.where(np.arange(n) < right, labels, 1 - labels)
     score = float(weighted_scores(metric, predictions, labels, np.ones((1, n)))[0])
     record = {
-        "task": task, "method": method, "role": role or REGISTRY[method].role, "seed": int(seed), "metric": metric, "score": score, "majority_score": 50.0, "n": n,
-        "trainable_parameters": 0 if (role or REGISTRY[method].role) == "reference" else 6400, "chosen_step": 20, "metrics": {metric: {"value": score, "n": n}},
-        "history": {"step": [10, 20], "loss": [1.0, 0.5], "score": [score - 5, score]}, "gate_weights": gates, "backbone": {"revision": None},
+        "task": task,
+        "method": method,
+        "role": role or REGISTRY[method].role,
+        "seed": int(seed),
+        "metric": metric,
+        "score": score,
+        "majority_score": 50.0,
+        "n": n,
+        "trainable_parameters": 0 if (role or REGISTRY[method].role) == "reference" else 6400,
+        "chosen_step": 20,
+        "metrics": {metric: {"value": score, "n": n}},
+        "history": {"step": [10, 20], "loss": [1.0, 0.5], "score": [score - 5, score]},
+        "gate_weights": gates,
+        "backbone": {"revision": None},
         "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}},
-    }  # fmt: skip
+    }
     table = pd.DataFrame({"label": labels, "prediction": predictions})
     if groups is not None:
         table["group"] = groups
@@ -63,7 +79,16 @@ def write(root, profile, key, right, n=100, metric="accuracy", seconds=10.0, gat
 
 def measure(root, profile, key, seconds=10.0, work="some work", **more):
     """What the train stage leaves in `runs/`."""
-    cost = {"train_seconds": seconds, "examples_per_second": 40.0, "tokens_per_second": 800.5, "peak_memory_bytes": 1000, "device": "cpu", "precision": "float32", "processor": "a processor", "work": work}
+    cost = {
+        "train_seconds": seconds,
+        "examples_per_second": 40.0,
+        "tokens_per_second": 800.5,
+        "peak_memory_bytes": 1000,
+        "device": "cpu",
+        "precision": "float32",
+        "processor": "a processor",
+        "work": work,
+    }
     file = Paths(profile, root).cost(key)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(cost | more))
@@ -615,12 +640,17 @@ def test_the_interval_of_a_mean_is_narrower_than_that_of_a_task(large):
 @pytest.mark.parametrize(
     "size",
     [
-        {"methods": ("ept",)}, {"methods": ("pt",), "seeds": (0,)}, {"tasks": ("cola",)}, {"tasks": ("stsb",), "methods": ("frozen",), "seeds": (0,)},
+        {"methods": ("ept",)},
+        {"methods": ("pt",), "seeds": (0,)},
+        {"tasks": ("cola",)},
+        {"tasks": ("stsb",), "methods": ("frozen",), "seeds": (0,)},
         {"missing": ("cola-ept-0", "cola-ept-1", "cola-pt-0", "cola-pt-1", "cola-frozen-0", "cola-frozen-1")},
-        {"missing": tuple(f"{t}-ept-{s}" for t in ("cola", "sst2", "stsb", "multirc", "cb") for s in (0, 1))}, {"n": 2, "seeds": (0,)}, {"n": 1, "seeds": (0,), "tasks": ("sst2",)},
+        {"missing": tuple(f"{t}-ept-{s}" for t in ("cola", "sst2", "stsb", "multirc", "cb") for s in (0, 1))},
+        {"n": 2, "seeds": (0,)},
+        {"n": 1, "seeds": (0,), "tasks": ("sst2",)},
     ],
     ids=["one method", "one method, one seed", "one task", "one run", "a task without runs", "no run of ept", "two examples", "one example"],
-)  # fmt: skip
+)
 def test_small_and_broken_grids_have_a_report(size, tmp_path):
     table = made_up(**size)
     drawn = write_report(table, tmp_path)
@@ -800,7 +830,9 @@ def test_each_score_links_to_its_record_and_predictions(filled):
     p, root = filled
     write_report(read(p, root), Paths(p, root).report)
     links = [link["href"] for link in Parts((Paths(p, root).report / "report.html").read_text()).all("a") if not link["href"].startswith("#")]
-    assert set(links) == {f"../{kind}/{key}.{end}" for key in ("cola-frozen-0", "cola-pt-0", "cola-ept-0", "cb-pt-0", "cb-ept-0") for kind, end in (("scores", "json"), ("predictions", "csv"))}
+    assert set(links) == {
+        f"../{kind}/{key}.{end}" for key in ("cola-frozen-0", "cola-pt-0", "cola-ept-0", "cb-pt-0", "cb-ept-0") for kind, end in (("scores", "json"), ("predictions", "csv"))
+    }
     assert len(links) == 10 and all((Paths(p, root).report / link).exists() for link in links)
 
 
@@ -847,7 +879,12 @@ def two(tmp_path):
 def test_records_of_the_present_code_need_no_word(two):
     assert caveats(read(*two)) == []
     said = dict(provenance(read(*two)))
-    assert said["Command"] == "`make reproduce PROFILE=small`" and said["Records"] == "3 of 3 runs, format 2" and said["Packages"] == "torch 2.13.0" and said["Backbone"] == "tiny, weights `4216`"
+    assert (
+        said["Command"] == "`make reproduce PROFILE=small`"
+        and said["Records"] == "3 of 3 runs, format 2"
+        and said["Packages"] == "torch 2.13.0"
+        and said["Backbone"] == "tiny, weights `4216`"
+    )
     assert "torch 2.13.0" in render(read(*two), {}).split('id="provenance"')[1]
     assert said["Code"] == f"training `{present_code()['train']}`; evaluation `{present_code()['evaluate']}`" and said["Hardware"] == "a processor (cpu, float32)"
 
@@ -855,7 +892,10 @@ def test_records_of_the_present_code_need_no_word(two):
 def test_what_does_not_fit_together_is_said(two):
     p, root = two
     for more, words in (
-        ({"code": {"train": "0123", "evaluate": present_code()["evaluate"]}}, ["Of 3 records, 1 was trained by another version of the code than the present one", "come from 2 versions of the code"]),
+        (
+            {"code": {"train": "0123", "evaluate": present_code()["evaluate"]}},
+            ["Of 3 records, 1 was trained by another version of the code than the present one", "come from 2 versions of the code"],
+        ),
         ({"backbone": {"name": "tiny", "revision": None, "fingerprint": "9999"}}, ["come from 2 backbones:"]),
         ({"packages": {"torch": "2.4.0"}}, ["come from 2 sets of packages"]),
         ({"format_version": 1, "code": "a0d0", "backbone": {"name": "tiny"}}, ["1 of 3 records were made by an earlier version", "which weights the backbone had", "2 backbones"]),
@@ -913,7 +953,10 @@ def test_another_process_gives_the_same_files(tmp_path):
     """With another order of sets, another user's settings of matplotlib, another number of threads, in another place on earth."""
     (tmp_path / "settings").mkdir()
     (tmp_path / "settings" / "matplotlibrc").write_text("font.size: 15\nfont.family: serif\nsvg.fonttype: path\nlines.solid_capstyle: round\nfigure.dpi: 200\naxes.labelpad: 9\n")
-    ways = {"one": {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "TZ": "UTC"}, "two": {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path / "settings")}}
+    ways = {
+        "one": {"PYTHONHASHSEED": "1", "OMP_NUM_THREADS": "1", "TZ": "UTC"},
+        "two": {"PYTHONHASHSEED": "2", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo", "MATPLOTLIBRC": str(tmp_path / "settings")},
+    }
     files = []
     for name, way in ways.items():
         subprocess.run([sys.executable, "-c", WRITE, str(tmp_path / name)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT), **way})

@@ -76,7 +76,7 @@ def test_offsets_are_those_of_the_word(made):
     for frame in made["wic"].values():
         for row in frame.to_dict("records"):
             for i in "12":
-                assert row[f"sentence{i}"][row[f"start{i}"]:row[f"end{i}"]].lower() == row["word"]
+                assert row[f"sentence{i}"][row[f"start{i}"] : row[f"end{i}"]].lower() == row["word"]
 
 
 def test_answers_belong_to_numbered_questions(made):

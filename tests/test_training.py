@@ -10,16 +10,16 @@ import torch
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
-from ept.training import training
-from ept.training.evaluation import evaluate
-from ept.methods.registry import METHODS, build_method
-from ept.model.modeling import EPTModel
 from ept.data.tasks import Task
-from ept.training.config import NonFiniteLoss, TrainingConfig
+from ept.methods.registry import METHODS, build_method
+from ept.methods.sources import SOURCE_TASKS
+from ept.model.modeling import EPTModel
 from ept.prompt.soft import SoftPrompt
+from ept.training import training
+from ept.training.config import NonFiniteLoss, TrainingConfig
+from ept.training.evaluation import evaluate
 from ept.training.trainer import PromptTrainer, optimizer_groups
 from ept.training.training import train
-from ept.methods.sources import SOURCE_TASKS
 from tests.conftest import WIDTH, tiny_backbone
 
 SIZES = dict(prompt_length=60, short_length=8, max_length=48, spaces=2, space_width=1, fusion_width=1)
@@ -121,10 +121,7 @@ def test_every_method_is_trained_and_evaluated_by_the_same_road(method, backbone
 
 def test_the_weights_have_a_learning_rate_of_their_own(backbone):
     config = TrainingConfig(learning_rate=0.3, weight_learning_rate=0.002, module_learning_rate=0.1)
-    rates = lambda method: {
-        (group["name"], group["lr"])
-        for group in optimizer_groups(build_method(method, backbone.model, source_prompts=sources(), **SIZES | SMALL), config)
-    }
+    rates = lambda method: {(group["name"], group["lr"]) for group in optimizer_groups(build_method(method, backbone.model, source_prompts=sources(), **SIZES | SMALL), config)}
     for method in ("finetune", "adapter", "adapterdrop", "bitfit", "lora"):
         assert rates(method) == {("weights", 0.002)}
     for method in ("attempt", "mpt", "respt"):
@@ -264,7 +261,7 @@ def test_names_are_checked_before_anything_trains(data, tmp_path):
 def test_the_library_serves_a_users_own_table(tmp_path):
     from ept.data.loading import load_task
 
-    frame = pd.DataFrame([{"text": f"{w} {n}", "label": w == "red" and "yes" or "no"} for n in range(20) for w in ("red", "blue")])
+    frame = pd.DataFrame([{"text": f"{w} {n}", "label": (w == "red" and "yes") or "no"} for n in range(20) for w in ("red", "blue")])
     data = load_task(TASK, source=frame)
     run = train(TASK, "dept", 1, tiny_backbone("t5"), data, tmp_path / "a", training=CONFIG, sizes=SIZES, progress=False)
     assert evaluate(run.adapter_dir, TASK, tiny_backbone("t5"), data).metrics["n"] == len(data["test"])

@@ -13,8 +13,8 @@ import pandas as pd
 from datasets import Dataset
 from fastcore.basics import patch
 
-from ..utils.checking import unknown
 from .tasks import STYLES, Task, get_task
+from ..utils.checking import unknown
 
 # %% ../../nbs/data/03a_encoding.ipynb #09c4cc8e
 def _shorten(lengths, excess):

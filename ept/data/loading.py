@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import snapshot_download
 
+from .tasks import SPLIT_SEED, SPLITS, Task, get_task
 from ..utils.checking import unknown
 from ..utils.files import repository_root
-from .tasks import SPLIT_SEED, SPLITS, Task, get_task
 
 _log = logging.getLogger(__name__)
 

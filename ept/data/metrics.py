@@ -12,8 +12,8 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from ..utils.checking import unknown
 from .tasks import METRICS, Task, get_task
+from ..utils.checking import unknown
 
 # %% ../../nbs/data/04_metrics.ipynb #32ba488f
 def _constant(values):

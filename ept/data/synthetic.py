@@ -7,11 +7,10 @@ __all__ = ['LEXICON', 'KINDS', 'HELD_OUT', 'FRAMES', 'MAKERS', 'SCHEMAS', 'SIZES
            'scene', 'dictionary', 'examples', 'make_task', 'parquet_bytes', 'write_datasets']
 
 # %% ../../nbs/data/02_synthetic.ipynb #e7c4177d
-import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -602,7 +601,7 @@ _I32, _TEXT = datasets.Value("int32"), datasets.Value("string")
 def _features(columns, labels):
     "Hub schema from `name:type` words; no type is text."
     kinds = {"": _TEXT, "i": _I32, "label": datasets.ClassLabel(names=labels) if labels else datasets.Value("float32"),
-             "multi": {k: _I32 for k in ("paragraph", "question", "answer")}}
+             "multi": dict.fromkeys(("paragraph", "question", "answer"), _I32)}
     return datasets.Features({n: kinds[t] for n, _, t in (c.partition(":") for c in columns.split())})
 
 # %% ../../nbs/data/02_synthetic.ipynb #9cf35f96

@@ -12,8 +12,8 @@ from typing import get_origin
 
 import yaml
 
-from ..utils.checking import check_name, from_dict, unknown
 from .tasks import Task
+from ..utils.checking import check_name, from_dict, unknown
 
 # %% ../../nbs/data/01a_task_files.ipynb #79978d74
 def _read_texts(file):

@@ -9,10 +9,10 @@ __all__ = ['TRAINING', 'SIZES', 'resolve', 'check']
 import dataclasses
 from typing import Any
 
-from ..utils.checking import from_dict, unknown
-from ..methods.registry import METHODS, get_method, size_names
 from .profiles import Profile, RunPlan
+from ..methods.registry import METHODS, get_method, size_names
 from ..training.config import TrainingConfig
+from ..utils.checking import from_dict, unknown
 
 # %% ../../nbs/grid/51_configuration.ipynb #d7082c01
 TRAINING = tuple(f.name for f in dataclasses.fields(TrainingConfig))  # how a run is trained

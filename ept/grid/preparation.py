@@ -14,8 +14,8 @@ from datasets import Dataset, DatasetDict
 
 from ..data.loading import load_task
 from ..data.tasks import SPLITS
-from ..utils.files import write_json
 from .profiles import Paths, Profile
+from ..utils.files import write_json
 from ..utils.settings import load_settings
 
 # %% ../../nbs/grid/52_preparation.ipynb #34f70281

@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 from fastcore.basics import patch
 
-from ..utils.checking import check_name, from_dict, unknown
-from ..utils.files import repository_root
 from ..data.task_files import read_task
 from ..data.tasks import SPLITS, TASKS, Task, get_task
+from ..utils.checking import check_name, from_dict, unknown
+from ..utils.files import repository_root
 
 # %% ../../nbs/grid/50_profiles.ipynb #7a515d7b
 @dataclass(frozen=True)

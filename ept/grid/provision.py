@@ -10,9 +10,9 @@ import dataclasses
 
 import torch
 
+from .profiles import Paths, Profile
 from ..model.backbone import Backbone, load_backbone, materialise
 from ..utils.files import write_json
-from .profiles import Paths, Profile
 from ..utils.settings import load_settings
 
 # %% ../../nbs/grid/53_provision.ipynb #046bb343

@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..model.backbone import fingerprint
-from ..training.evaluation import evaluate
-from ..utils.files import write_atomic
-from ..utils.fingerprints import code_version
 from ..data.metrics import majority_score
-from ..methods.catalogue import module_of
-from ..model.modeling import EPTModel
 from .preparation import read_rows
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
+from ..methods.catalogue import module_of
+from ..model.backbone import fingerprint
+from ..model.modeling import EPTModel
+from ..training.evaluation import evaluate
+from ..utils.files import write_atomic
+from ..utils.fingerprints import code_version
 
 # %% ../../nbs/grid/55_records.ipynb #647b6605
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "scikit-learn")

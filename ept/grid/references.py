@@ -7,12 +7,12 @@ __all__ = ['evaluate_reference']
 
 # %% ../../nbs/grid/56_references.ipynb #84a114a2
 from .configuration import resolve
-from ..training.evaluation import evaluate
-from ..methods.registry import build_method, get_method
 from .preparation import read_rows
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
 from .records import make_record, write_result
+from ..methods.registry import build_method, get_method
+from ..training.evaluation import evaluate
 
 # %% ../../nbs/grid/56_references.ipynb #76c4ba63
 def evaluate_reference(

@@ -15,14 +15,14 @@ import shutil
 from pathlib import Path
 
 from .configuration import check, resolve
-from ..utils.files import write_json
-from ..methods.registry import get_method, source_runs
 from .preparation import read_rows
 from .profiles import Paths, Profile, RunPlan
 from .provision import open_backbone
-from ..utils.settings import load_settings
+from ..methods.registry import get_method, source_runs
 from ..training.config import NonFiniteLoss, TrainingConfig
 from ..training.training import Run, train
+from ..utils.files import write_json
+from ..utils.settings import load_settings
 
 # %% ../../nbs/grid/54_runs.ipynb #38f18709
 def keep_source(
@@ -96,7 +96,7 @@ def search_rates(
         "task": task, "method": method, "profile": profile.profile, "seed": search.seed, "steps": search.steps,
         "tried": [{"factor": factor, "validation_score": score} for factor, score in scores.items()],
         "factor": best_factor(scores),
-    }  # fmt: skip
+    }
     write_json(Paths(profile).record("search", f"{task}-{method}"), record)
     return record
 
@@ -138,7 +138,7 @@ def train_run(
         plan.profile.task(plan.task), plan.method, plan.seed, backbone, read_rows(paths.data(plan.task)), source_prompts=source_folders(plan),
         output_dir=paths.adapter(plan.key), checkpoint_dir=paths.checkpoint(plan.key),
         training=scale_rates(training, factor), sizes=sizes, workers=load_settings().workers,
-    )  # fmt: skip
+    )
     if searched:
         write_json(paths.adapter(plan.key) / "search.json", {"factor": factor, "factors": list(plan.profile.search.factors)})
     name = {"task": plan.task, "method": plan.method, "seed": plan.seed, "profile": plan.profile.profile}

@@ -7,11 +7,11 @@ __all__ = ['catalogue', 'module_of']
 
 # %% ../../nbs/methods/28_catalogue.ipynb #9a5c195f
 import ast
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 # %% ../../nbs/methods/28_catalogue.ipynb #fd730fe0
-@lru_cache(maxsize=None)
+@cache
 def _registered(file, changed):
     "Names in the calls `register(Method(name, ...))` at the top of a module; `changed`, its time of change, makes a changed file another one."
     found = []

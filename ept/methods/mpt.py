@@ -7,7 +7,7 @@ __all__ = ['share_prompts', 'MultitaskPrompt']
 
 # %% ../../nbs/methods/34_mpt.ipynb #c6b2be27
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .registry import Method, register
 from ..prompt.base import Prompt

@@ -89,7 +89,7 @@ def import_dept(
     config = EPTConfig(
         prompt_length=-(-used // width), short_length=length, max_length=covered, rank=rank, alpha=float(record.get("lora_alpha", 8)),
         fusion=False, projection=False, initialisation="random",
-    )  # fmt: skip
+    )
     model = EPTModel(backbone, config)
     model.load_adapter_tensors({"embeddings": prompt, "offset.position_factors": a, "offset.embedding_factors": b})
     return model
@@ -126,5 +126,5 @@ def export_peft(
         "inference_mode": True, "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1,
         "num_attention_heads": backbone.config.num_attention_heads, "num_layers": backbone.config.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",
-    })  # fmt: skip
+    })
     return folder

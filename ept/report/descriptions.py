@@ -45,7 +45,7 @@ def describe_comparison(
     listed = lambda names: f"{len(names)} ({', '.join(names)})" if names else "none"
     top, low = found.loc[found["difference"].idxmax()], found.loc[found["difference"].idxmin()]
     return (f"Differences of {table.proposed} to {counted(len(found), 'method')}, with intervals. It is ahead of {listed(named('win'))}, behind {listed(named('loss'))}, and ties with "
-            f"{listed(named('tie'))}. The differences go from {top['difference']:+.1f} points ({top['method']}) to {low['difference']:+.1f} ({low['method']}).")  # fmt: skip
+            f"{listed(named('tie'))}. The differences go from {top['difference']:+.1f} points ({top['method']}) to {low['difference']:+.1f} ({low['method']}).")
 
 
 def describe_ranks(

@@ -34,12 +34,12 @@ LOOKS = {
     "frozen": (GREY, "X", ":"), "finetune": (BLACK, "s", "-"), "adapter": (SKY, "^", "-"), "adapterdrop": (SKY, "v", "--"), "bitfit": (YELLOW, "P", "-"),
     "lora": (GREEN, "D", "-"), "pt": (BLUE, "o", "-"), "spot": (PINK, "<", "-"), "attempt": (PINK, ">", "--"), "mpt": (PINK, "h", ":"), "respt": (BLUE, "d", "--"),
     "dept": (ORANGE, "p", "-"), "ept": (RED, "s", "--"), "ept-no-fusion": (RED, "^", ":"), "ept-no-projection": (RED, "v", "-."), "ept-one-space": (RED, "D", (0, (5, 1))),
-}  # fmt: skip
+}
 STYLE = {
     "svg.hashsalt": "ept", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"], "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
     "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
     "figure.constrained_layout.use": True, "lines.linewidth": 1.5, "lines.markersize": 5, "xtick.color": "#555555", "ytick.color": "#333333",
-}  # fmt: skip
+}
 
 # %% ../../nbs/report/63_figures.ipynb #01a17253
 def look(

@@ -12,12 +12,22 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .descriptions import describe_ablations, describe_comparison, describe_curves, describe_gates, describe_parameters, describe_ranks, describe_scores, describe_sweep, describe_time
+from ept.report.descriptions import (
+    describe_ablations,
+    describe_comparison,
+    describe_curves,
+    describe_gates,
+    describe_parameters,
+    describe_ranks,
+    describe_scores,
+    describe_sweep,
+    describe_time,
+)
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
 from .provenance import caveats, provenance
 from .results import SIZES, ScoreTable, counted, label, sweep_mean, sweep_points
 from .statistics import DRAWS
-from .tables import TEMPLATES, Table, comparison_table, conditions, frames, overall_table, ranked, rates_table, score_table, timing, turned_table, ungrouped
+from .tables import TEMPLATES, comparison_table, conditions, frames, overall_table, ranked, rates_table, score_table, timing, turned_table, ungrouped
 from ..utils.files import write_atomic
 
 # %% ../../nbs/report/64_page.ipynb #232dd2c4
@@ -60,10 +70,10 @@ def _tested(table):
         row, stands = found.iloc[0], lambda p: "cannot be tested" if math.isnan(p) else f"{'counts' if p < 0.05 else 'does not count'} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
         return (f"Against {others}, `{own}` is at {row['difference']:+.1f} points. The difference {stands(row['bootstrap_holm'])} in the bootstrap over test examples "
                 f"and {stands(row['wilcoxon_tasks_holm'])} in Wilcoxon's test over tasks. "
-                f"Task by task: {counted(row['wins'], 'win')}, {counted(row['ties'], 'tie')}, {counted(row['losses'], 'loss')}.")  # fmt: skip
+                f"Task by task: {counted(row['wins'], 'win')}, {counted(row['ties'], 'tie')}, {counted(row['losses'], 'loss')}.")
     return (f"Against {others}, `{own}` is ahead of {sure('bootstrap_holm', 1)} and behind {sure('bootstrap_holm', -1)} in the bootstrap over test examples, "
             f"ahead of {sure('wilcoxon_tasks_holm', 1)} and behind {sure('wilcoxon_tasks_holm', -1)} in Wilcoxon's test over tasks (5 % level, Holm's correction); the rest is open. "
-            f"Task by task: {counted(found['wins'].sum(), 'win')}, {counted(found['ties'].sum(), 'tie')}, {counted(found['losses'].sum(), 'loss')}.")  # fmt: skip
+            f"Task by task: {counted(found['wins'].sum(), 'win')}, {counted(found['ties'].sum(), 'tie')}, {counted(found['losses'].sum(), 'loss')}.")
 
 
 def _improvement(table):
@@ -177,7 +187,7 @@ def protocol(
         ("Times", timing(table) + " When a run is made again and nothing but its time is new, the first time stays. Times relative to pt are of runs on the same kind of machine."),
         ("Ranks", f"Among {ranked(table)}, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
         ("Missing", "A missing run is counted and left out; means and ranks are over the tasks that all methods have, differences over the tasks and seeds that two methods share."),
-    ]  # fmt: skip
+    ]
     if loose := ungrouped(table):
         found.append(("Grouping", f"The records of {', '.join(loose)} do not say which rows belong to one question: its rows were drawn one by one."))
     return found
@@ -200,7 +210,7 @@ ABSENT = {
     "comparison": "there is no second method beside the proposed one", "ranks": "it takes two comparable methods with results on one task", "parameters": "it takes two methods that train something",
     "time": "it takes two methods whose training was timed", "ablations": "there is no ablation of the proposed method", "sweep": "no sweep over m, r and K has been run",
     "curves": "nothing was trained", "gates": "no run of the proposed method has a gate",
-}  # fmt: skip
+}
 
 # %% ../../nbs/report/64_page.ipynb #c90f646e
 def _tables(table, scores):
@@ -228,7 +238,7 @@ def render(
         title=f"EPT: profile {profile.profile}", lead=label(profile) if profile.data.source == "embedded" else f"{profile.backbone.name} on {profile.data.source} data",
         findings=findings(table), tables=list(_tables(table, scores).items()), results="..", figures=[_figure(table, name, svg) for name, svg in svgs.items()],
         absent=[(FIGURES[name][0].replace("{proposed}", proposed), why) for name, why in ABSENT.items() if name not in svgs], protocol=protocol(table), provenance=provenance(table),
-    )  # fmt: skip
+    )
 
 # %% ../../nbs/report/64_page.ipynb #af89e385
 def _files(table, svgs):

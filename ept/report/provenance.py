@@ -83,7 +83,7 @@ def _earlier(table, there):
         return ""
     blind = any(not {"fingerprint", "revision"} & {name for name, value in (r.get("backbone") or {}).items() if value} for r in old)
     return f"{_part(len(old), len(there))} were made by an earlier version of the code: their format is {_tally(str(r['format_version']) for r in old)}, today's is {FORMAT}." + (
-        " They do not say which weights the backbone had; it may have been another one than today's." if blind else "")  # fmt: skip
+        " They do not say which weights the backbone had; it may have been another one than today's." if blind else "")
 
 
 def _other(table, there):

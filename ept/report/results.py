@@ -18,9 +18,9 @@ from fastcore.basics import patch
 
 from ..data.tasks import get_task
 from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile
+from .statistics import RESAMPLED, Difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
-from .statistics import RESAMPLED, Difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
 from ..utils.files import write_atomic
 
 # %% ../../nbs/report/61_results.ipynb #3dd07340
@@ -161,7 +161,7 @@ def _cell(part, drawn):
         "low": low, "high": high, "stuck": len(stuck) > 0 and all(stuck), "trainable_parameters": there["trainable_parameters"].max(),
         "train_seconds": part["train_seconds"].mean(), "device": "; ".join(sorted({_machine(run) for run in part.to_dict("records") if run["device"]})),
         "files": {run["seed"]: run["files"] for run in there.to_dict("records") if run.get("files")},
-    }  # fmt: skip
+    }
 
 # %% ../../nbs/report/61_results.ipynb #41d9df9a
 def summarise(
@@ -371,7 +371,7 @@ def _against(self, first, second):
         "wins": verdicts.count("win"), "ties": verdicts.count("tie"), "losses": verdicts.count("loss"),
         "relative": relative(np.mean(list(ours.values())), np.mean(list(theirs.values()))) if tasks else math.nan,
         "largest": percent.max() if len(percent) else math.nan, "largest_task": percent.idxmax() if len(percent) else None,
-    }  # fmt: skip
+    }
 
 
 @patch

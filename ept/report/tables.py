@@ -118,7 +118,7 @@ def latex(self: Table) -> str:
         r"\begin{table*}", r"\centering\small", rf"\caption{{{escape(self.caption)}}}", rf"\label{{tab:{self.name}}}", r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{'l' * self.texts + 'r' * (len(self.columns) - self.texts)}}}", r"\toprule", " & ".join(map(escape, self.columns)) + r" \\", r"\midrule", *lines,
         r"\bottomrule", r"\end{tabular}}", r"\end{table*}", "",
-    ])  # fmt: skip
+    ])
 
 # %% ../../nbs/report/62_tables.ipynb #89f358b0
 PUBLISHED = {
@@ -126,7 +126,7 @@ PUBLISHED = {
     "source": "logs released by the authors of DePT (Shi & Lipani 2024), t5-base, whole test splits",
     "scores": {"mnli": 84.99, "qqp": 90.38, "qnli": 93.19, "sst2": 94.15, "stsb": 90.77, "mrpc": 90.69, "rte": 79.14, "cola": 63.79,
                "multirc": 74.30, "boolq": 79.33, "wic": 68.65, "wsc": 67.31, "cb": 92.86},
-}  # fmt: skip
+}
 
 
 def _beside(table):
@@ -146,7 +146,7 @@ def conditions(
     return (
         f"Profile {label(p)}. Backbone {p.backbone.name}{revision}, {p.data.source} data" + (f", at most {rows} examples" if rows else "")
         + f"; {there.sum()} of {len(there)} runs, {seeds}."
-    )  # fmt: skip
+    )
 
 
 def ungrouped(

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from ..model.backbone import Backbone
 from ..data.encoding import Encoder
 from ..data.loading import load_task
 from ..data.metrics import score_task
+from ..data.tasks import Task, get_task
+from ..model.backbone import Backbone
 from ..model.modeling import EPTModel
 from .ranking import predict, rank_labels
-from ..data.tasks import Task, get_task
 
 # %% ../../nbs/training/45_evaluation.ipynb #e14a58e3
 @dataclass

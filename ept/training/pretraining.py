@@ -21,11 +21,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from ..data.synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples, make_task
+from ..data.tasks import TASKS, mark_spans
 from ..model.backbone import has_bfloat16, keep_freed_memory
 from .ranking import pad
 from ..utils.files import write_json
-from ..data.synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples, make_task
-from ..data.tasks import TASKS, mark_spans
 
 # %% ../../nbs/training/46_pretraining.ipynb #a144b49e
 @dataclass(frozen=True)

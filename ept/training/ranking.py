@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..model.modeling import EPTModel
 from ..data.tasks import Task
+from ..model.modeling import EPTModel
 
 # %% ../../nbs/training/40_ranking.ipynb #cfd0c97b
 def batches_by_length(

@@ -22,20 +22,20 @@ import pandas as pd
 import torch
 from datasets import DatasetDict
 
-from ..model.backbone import Backbone, fingerprint
 from ..data.encoding import Encoder
 from ..data.loading import load_task
-from ..utils.files import write_atomic, write_json
-from ..utils.fingerprints import code_version
+from ..data.metrics import score_task
+from ..data.tasks import Task, get_task
 from ..methods.catalogue import module_of
 from ..methods.registry import Method, build_method, get_method
-from ..data.metrics import score_task
+from ..methods.sources import read_sources, sources_of
+from ..model.backbone import Backbone, fingerprint
 from ..model.modeling import EPTModel
 from .batching import collate, plan_batches
 from .config import TrainingConfig
 from .ranking import predict, rank_labels
-from ..methods.sources import read_sources, sources_of
-from ..data.tasks import Task, get_task
+from ..utils.files import write_atomic, write_json
+from ..utils.fingerprints import code_version
 
 # %% ../../nbs/training/44_training.ipynb #bea4783f
 def _last_checkpoint(folder, identity):

@@ -9,7 +9,7 @@ __all__ = ['syntax', 'import_closure', 'code_version']
 import ast
 import hashlib
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 # %% ../../nbs/utils/00c_fingerprints.ipynb #cd7df151
@@ -34,7 +34,7 @@ def _is_text(node):
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 # %% ../../nbs/utils/00c_fingerprints.ipynb #6a6c1dec
-@lru_cache(maxsize=None)
+@cache
 def _read(file, changed):
     "Imports and text of a module, notebook or template; `changed`, its time of change, makes a changed file another one."
     source = Path(file).read_text()

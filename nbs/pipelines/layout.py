@@ -119,9 +119,9 @@ def with_section(text, name, lines):
 
 def new_profile(name, origin, tasks=()):
     "Make profiles/<name> with the parameters of another profile, on its tasks or on those of some task files; its parameter file."
+    from ept.grid.profiles import load_profile, profile_files
     from ept.utils.checking import check_name, unknown
     from ept.utils.files import write_atomic
-    from ept.grid.profiles import load_profile, profile_files
 
     known = profile_files(ROOT)
     check_name("profile", name)

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bars
 
 STAGE = r"tage '(?:tasks/([\w.-]+)/)?(?:dvc\.yaml:)?([\w-]+)(?:@([\w.-]+))?'"  # task, kind of stage, the rest of its name
 BEGIN, SKIP = re.compile(f"Running s{STAGE}"), re.compile(f"S{STAGE} didn't change, skipping")

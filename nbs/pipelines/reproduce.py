@@ -102,8 +102,8 @@ def main(arguments=None):
     "Command line; the exit status."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-    from ept.utils.checking import unknown
     from ept.grid.profiles import load_profile, profile_files
+    from ept.utils.checking import unknown
     from layout import write_layout
     from progress import Progress
 

@@ -91,8 +91,9 @@ def parse(arguments):
 
 def execute(stage, values):
     "Execute a stage's notebook with these parameters, all of them; the path of the executed notebook."
-    import engine  # noqa: F401, registers itself
     from papermill.execute import execute_notebook
+
+    import engine  # noqa: F401, registers itself
 
     file = Path(values["profile_file"])
     if not file.exists():
@@ -108,7 +109,12 @@ def execute(stage, values):
     changed = {name: values[name] for name, (default, _) in parameters(stage).items() if values[name] != default}
     try:
         execute_notebook(
-            str(notebook_of(stage)), str(partial), parameters=changed, engine_name="in-process", progress_bar=False, autosave_cell_every=0,
+            str(notebook_of(stage)),
+            str(partial),
+            parameters=changed,
+            engine_name="in-process",
+            progress_bar=False,
+            autosave_cell_every=0,
         )
     finally:
         if partial.exists():

@@ -107,7 +107,6 @@ def _import():
 
     stage.prepare_process()
     import datasets  # noqa: F401
-    import engine  # noqa: F401
     import matplotlib.backends.backend_svg  # noqa: F401
     import pandas  # noqa: F401
     import papermill.execute  # noqa: F401
@@ -116,6 +115,7 @@ def _import():
     import torch  # noqa: F401
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalGeneration, Trainer  # noqa: F401
 
+    import engine  # noqa: F401
     from ept.utils.fingerprints import code_version
 
     for module in ("ept.training.training", "ept.training.evaluation"):  # a file that changes later is read again
