@@ -286,6 +286,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ept/methods/registry.py'),
                                       'ept.methods.registry.Method.adapts': ( 'methods/registry.html#method.adapts',
                                                                               'ept/methods/registry.py'),
+                                      'ept.methods.registry.Method.precision': ( 'methods/registry.html#method.precision',
+                                                                                 'ept/methods/registry.py'),
                                       'ept.methods.registry.Method.resolve': ( 'methods/registry.html#method.resolve',
                                                                                'ept/methods/registry.py'),
                                       'ept.methods.registry.Method.trained': ( 'methods/registry.html#method.trained',

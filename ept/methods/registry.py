@@ -59,6 +59,11 @@ class Method:
         "Whether there is anything to train."
         return self.adapts or self.resolve({})[0].short_length > 0
 
+    @property
+    def precision(self) -> str | None:
+        "The backbone's number format that training needs; None where any will do."
+        return self.kind.precision
+
     def resolve(
         self,
         sizes: dict,  # fields of `EPTConfig` and of the kinds' own sizes, the same for every method of a comparison
