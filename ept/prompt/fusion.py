@@ -55,10 +55,9 @@ class PromptFusion(nn.Module):
 def attention_weights(
     self: PromptFusion,
     prompt: Tensor,  # P, [m, d]
-    offset: Tensor | None,  # c*A@B, [s, d]; None when there is no pair
-) -> Tensor:  # [m, m + s], without a pair [m, m]; rows sum to one
-    "How much each prompt token attends to each row of `X = [P ; c*A@B]`."
-    known = prompt if offset is None else torch.cat([prompt, offset])
+    known: Tensor,  # X = [P ; c*A@B], [m + s, d]; without a pair P
+) -> Tensor:  # [m, m + s]; rows sum to one
+    "How much each prompt token attends to each row of what is known."
     queries, keys = normalise(prompt) @ self.query, normalise(known) @ self.key
     return torch.softmax(queries @ keys.T / math.sqrt(queries.shape[-1]), dim=-1)
 
@@ -71,4 +70,4 @@ def forward(
 ) -> Tensor:  # F, [m, d]
     "Attend from the prompt to the rows of the prompt and of the offset."
     known = prompt if offset is None else torch.cat([prompt, offset])
-    return self.strength * (self.attention_weights(prompt, offset) @ known)
+    return self.strength * (self.attention_weights(prompt, known) @ known)
