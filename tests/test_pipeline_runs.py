@@ -158,6 +158,7 @@ def test_a_killed_run_ends_with_the_same_bits(clone, method):
     repro = ["-m", "dvc", "repro", "--single-item", *(f"tasks/cola/dvc.yaml:{stage}@{method}-0" for stage in ("train", "evaluate"))]
     adapter, scores = f"runs/adapters/{key}", clone.root / f"results/scores/{key}.json"
 
+    clone.dvc("repro", "--single-item", "plan")
     clone.call(*repro)
     undisturbed = clone.files(adapter), scores.read_bytes()
     shutil.rmtree(clone.root / adapter)

@@ -74,7 +74,8 @@ def test_the_numbers_of_the_table_are_those_of_the_summaries(readme):
         params, summary = yaml.safe_load((folder / "params.yaml").read_text()), json.loads((folder / "results" / "summary.json").read_text())
         grid = params["grid"]
         methods = [*grid.get("references", ()), *grid["methods"], *grid.get("transfer", ())]
-        assert set(summary) == set(methods) and int(runs) == len(params["tasks"]) * len(methods) * len(grid["seeds"])
+        assert set(summary) <= set(methods), "a method may wait for its runs, but none is without a grid"
+        assert int(runs) == len(params["tasks"]) * len(summary) * len(grid["seeds"])
         mean = {method: sum(scores[task] for task in params["tasks"]) / len(params["tasks"]) for method, scores in summary.items()}
         compared = {method: score for method, score in mean.items() if METHODS[method].role in ("proposed", "comparison")}
         assert best.split()[0] == f"`{max(compared, key=compared.get)}`"
