@@ -122,7 +122,8 @@ def _cut(self: Encoder, values, places, offsets, length, row):
         raise ValueError(f"row {row} of task {self.task.name!r}: the text has {length} tokens and max_length is {self.max_length}; "
                          f"what may not be cut ({', '.join(self.task.uncut) or 'the template'}) needs about {whole}. "
                          "Raise max_length, or leave the row out")
-    for field, number in keep.items():
+    for field, wanted in keep.items():
+        number = wanted
         while 0 < number < len(ends[field]) and ends[field][number - 1] >= ends[field][number]:
             number -= 1  # several tokens can make up one character
         if number < len(ends[field]):

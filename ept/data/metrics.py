@@ -12,7 +12,7 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from .tasks import METRICS, Task, get_task
+from .tasks import Task, get_task
 from ..utils.checking import unknown
 
 # %% ../../nbs/data/04_metrics.ipynb #32ba488f
