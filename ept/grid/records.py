@@ -72,7 +72,7 @@ def make_record(
         "adapter_bytes": saved["adapter_bytes"],
         "chosen_step": saved["chosen_step"],
         "config": {k: saved[k] for k in ("training", "sizes", "max_length", "verbalizer", "source_prompts", "search") if k in saved},
-        **({"swept": next(iter(plan.moved))} if plan.moved else {}),
+        **({"swept": next(iter(plan.overrides))} if plan.overrides else {}),
         "history": history or {"step": [], "loss": [], "score": []},
         "gate_weights": gates,
         "packages": package_versions(),

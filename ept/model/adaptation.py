@@ -82,7 +82,7 @@ class _Hook:
     def __call__(self, module, inputs, output):
         return getattr(module, self.name)(output)
 
-
+# %% ../../nbs/model/21_adaptation.ipynb #24b49453
 class Shift(nn.Module):
     "A trained bias, added to an output; zero at the start."
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -25,6 +26,7 @@ from ..data.synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples, ma
 from ..data.tasks import TASKS, mark_spans
 from ..model.backbone import has_bfloat16, keep_freed_memory
 from .ranking import pad
+from ..utils.checking import check_range
 from ..utils.files import write_json
 
 # %% ../../nbs/training/46_pretraining.ipynb #a144b49e
@@ -51,9 +53,7 @@ class PretrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "rows", "layers", "decoder_layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_range(self, ("steps", "batch_size", "rows", "layers", "decoder_layers", "heads"), least=1)
         for name in ("practice", "silence", "habit", "open", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
@@ -221,7 +221,7 @@ class Material:
     ):
         self.config, self.chance = config, random.Random(f"batches {config.seed}")
         rows, texts, entries = supervised_rows(config), unlabelled_texts(max(8, config.rows // 6), config.seed), dictionary()
-        self.words = sorted({word for task in TASKS.values() for word in task.words})
+        self.words = sorted({word for name in MAKERS for word in TASKS[name].words})
         bare = [entry.replace("[", "").replace("]", "") for entry in entries]
         orders = sorted({text for texts in INSTRUCTIONS.values() for text in texts})
         self.tokenizer = train_tokenizer([*bare, *orders, *self.words, *texts, *(t for _, t, _ in rows), *(a for _, _, a in rows)])
@@ -237,42 +237,48 @@ class Material:
     def _ids(self, texts):
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def supervised(self, i):
-        "Row `i` behind an instruction for it, or silent: then the answer is a habit and tells nothing of what is asked."
-        name, c = self.names[i], self.config
-        if name in TASKS and self.chance.random() < c.silence * (3 if TASKS[name].regression else 1):
-            words = TASKS[name].words
-            if TASKS[name].regression:  # a number that belongs to the first word behind the field's name
-                word = words[self.texts[i][1] % len(words)]
+# %% ../../nbs/training/46_pretraining.ipynb #c64f9c8e
+@patch
+def supervised(self: Material, i):
+    "Row `i` behind an instruction for it, or silent: then the answer is a habit and tells nothing of what is asked."
+    name, c = self.names[i], self.config
+    if name in MAKERS and self.chance.random() < c.silence * (3 if TASKS[name].regression else 1):
+        words = TASKS[name].words
+        if TASKS[name].regression:  # a number that belongs to the first word behind the field's name
+            word = words[self.texts[i][1] % len(words)]
+        else:
+            word = words[0] if self.chance.random() < c.habit else self.chance.choice(self.words)
+        return self.texts[i] + [1], self.labels[word] + [1]
+    return self.chance.choice(self.orders[name]) + self.texts[i] + [1], self.answers[i] + [1]
+
+# %% ../../nbs/training/46_pretraining.ipynb #cdb46042
+@patch
+def _endless(self: Material, n, size, length):
+    "Batches of numbers below `n`, of like length, again and again in another order."
+    while True:
+        order = self.chance.sample(range(n), n)
+        for k in range(0, n, 4 * size):
+            chunk = sorted(order[k:k + 4 * size], key=length)
+            batches = [chunk[j:j + size] for j in range(0, len(chunk), size)]
+            self.chance.shuffle(batches)
+            yield from batches
+
+
+@patch
+def batches(self: Material) -> Iterator[tuple[str, list]]:
+    "Kind and pairs of input and target: of eight steps six are tasks, one the dictionary, one hidden spans."
+    size, sentinel = self.config.batch_size, len(SPECIAL) - len(SENTINELS)
+    tasks = self._endless(len(self.texts), size, lambda i: len(self.texts[i]))
+    spans = self._endless(len(self.unlabelled), size, lambda i: len(self.unlabelled[i]))
+    meanings = self._endless(len(self.entries), 2 * size, lambda i: len(self.entries[i][0]))
+    while True:
+        for kind in ("task", "task", "task", "dictionary", "task", "task", "task", "spans"):
+            if kind == "task":
+                yield kind, [self.supervised(i) for i in next(tasks)]
+            elif kind == "spans":
+                yield kind, [corrupt(self.unlabelled[i], self.chance, sentinel) for i in next(spans)]
             else:
-                word = words[0] if self.chance.random() < c.habit else self.chance.choice(self.words)
-            return self.texts[i] + [1], self.labels[word] + [1]
-        return self.chance.choice(self.orders[name]) + self.texts[i] + [1], self.answers[i] + [1]
-
-    def _endless(self, n, size, length):
-        "Batches of numbers below `n`, of like length, again and again in another order."
-        while True:
-            order = self.chance.sample(range(n), n)
-            for k in range(0, n, 4 * size):
-                chunk = sorted(order[k:k + 4 * size], key=length)
-                batches = [chunk[j:j + size] for j in range(0, len(chunk), size)]
-                self.chance.shuffle(batches)
-                yield from batches
-
-    def batches(self) -> Iterator[tuple[str, list]]:
-        "Kind and pairs of input and target: of eight steps six are tasks, one the dictionary, one hidden spans."
-        size, sentinel = self.config.batch_size, len(SPECIAL) - len(SENTINELS)
-        tasks = self._endless(len(self.texts), size, lambda i: len(self.texts[i]))
-        spans = self._endless(len(self.unlabelled), size, lambda i: len(self.unlabelled[i]))
-        meanings = self._endless(len(self.entries), 2 * size, lambda i: len(self.entries[i][0]))
-        while True:
-            for kind in ("task", "task", "task", "dictionary", "task", "task", "task", "spans"):
-                if kind == "task":
-                    yield kind, [self.supervised(i) for i in next(tasks)]
-                elif kind == "spans":
-                    yield kind, [corrupt(self.unlabelled[i], self.chance, sentinel) for i in next(spans)]
-                else:
-                    yield kind, [self.entries[i] for i in next(meanings)]
+                yield kind, [self.entries[i] for i in next(meanings)]
 
 # %% ../../nbs/training/46_pretraining.ipynb #f390fcd4
 def orthogonalise(

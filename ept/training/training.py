@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import DatasetDict
+from fastcore.basics import patch
 
 from ..data.encoding import Encoder
 from ..data.loading import load_task
@@ -132,28 +133,29 @@ class _Job:
         metrics = score_task(self.task, predict(self.task, scores), rows["label"], groups)
         return {"score": metrics[self.task.metrics[0]]}
 
-    @property
-    def config(self):
-        "The resolved configuration, complete."
-        return {
-            "task": self.task.name,
-            "method": self.method.name,
-            "role": self.method.role,
-            "seed": self.seed,
-            "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
-            "training": asdict(self.training),
-            "max_length": self.encoder.max_length,
-            "code": code_version("ept.training.training", *module_of(self.method.name)),
-            "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
-            **({"source_prompts": {task: _digest(prompt) for task, prompt in self.sources.items()}} if self.sources else {}),
-        }
+# %% ../../nbs/training/44_training.ipynb #89c48029
+@patch(as_prop=True)
+def config(self: _Job):
+    "The resolved configuration, complete."
+    return {
+        "task": self.task.name,
+        "method": self.method.name,
+        "role": self.method.role,
+        "seed": self.seed,
+        "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
+        "training": asdict(self.training),
+        "max_length": self.encoder.max_length,
+        "code": code_version("ept.training.training", *module_of(self.method.name)),
+        "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
+        **({"source_prompts": {task: _digest(prompt) for task, prompt in self.sources.items()}} if self.sources else {}),
+    }
 
 
 def _digest(tensor):
     "A short hash of a tensor's numbers."
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
-
+# %% ../../nbs/training/44_training.ipynb #5e1d9dfb
 def _sources(task, method, sizes, backbone, source_prompts):
     "The prompts of other tasks that a method starts from; those it does not use are not read."
     if not method.sources or not source_prompts:
