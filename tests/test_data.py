@@ -444,7 +444,7 @@ def test_hub_without_the_files_says_where_it_looked(hub):
 def test_hub_unreachable_and_nothing_cached(hub):
     stop(hub)
     message = failure(lambda: load_task(own(), "hub"))
-    assert "the data set own/set (rte) cannot be had from the hub and is not in its cache" in message
+    assert "the data set own/set (rte) cannot be downloaded from the hub and is not in its cache" in message
     assert all(way in message for way in WAYS)
     assert "nyu-mll/glue (cola)" in failure(lambda: load_task("cola", "hub"))
 

@@ -94,7 +94,7 @@ def plural(
     return _PLURALS.get(noun, noun + "s")
 
 def _held_out():
-    "Held-out words in small letters, with their plurals, unless another entry uses them in training."
+    "Held-out words in lower case, with their plurals, unless another entry uses them in training."
     words = {part for _, held in LEXICON.values() for w in held for part in w.lower().split("/")} - set(_DOMAINS)
     seen = {part for s, _ in LEXICON.values() for w in s for part in w.lower().split("/")}
     return (words | {plural(w) for kind in (*KINDS, "container") for w in LEXICON[kind][1]}) - seen
@@ -103,7 +103,7 @@ HELD_OUT = frozenset(_held_out())
 
 # %% ../../nbs/data/02_synthetic.ipynb #8b5af4d8
 class Speaker:
-    "Draws words and frames from a seed; what is held out is said in evaluation only."
+    "A seeded sampler of words and sentence frames; held-out ones occur in evaluation only."
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ def pick(
     pair: tuple,  # (seen, held out), lists of words or frames
     p: float = 0.3,  # probability of a held-out one, in evaluation
 ) -> tuple:  # (what was drawn, whether it is held out)
-    "One of a pair of lists, as the vocabulary allows."
+    "An item of the seen or of the held-out list, as the vocabulary allows."
     seen, held = pair
     if self.vocabulary == "all":
         return self.among(list(seen) + list(held)), False
@@ -164,7 +164,7 @@ def word(
 def sentence(
     text: str,  # words and marks
 ) -> str:
-    "Written properly: a or an, a capital, a full stop."
+    "A written sentence: spaces, a or an, a capital, a full stop."
     text = re.sub(r"\s+([.,?])", r"\1", re.sub(r"\s+", " ", text).strip())
     text = re.sub(r"\b([aA]) (?=[aeiouAEIOU])", r"\1n ", text)
     text = text if text[-1] in ".?!" else text + "."
@@ -390,7 +390,7 @@ def _restated(s, x, p=0.4):
     return x | {slot: x[syn] for slot, syn in _SYNONYMS.items() if s.chance(p)}
 
 def qqp(s, label):
-    "Two questions: the same wish in other words, or another wish."
+    "Two questions: the same in other words, or another one."
     x, intents = scene(s), s.random.sample(["how", "where", "why"], 2)
     y = _restated(s, x)
     other = intents[0]
@@ -510,7 +510,7 @@ def _all(kind):
     return [w for part in LEXICON[kind] for w in part]
 
 def _about_things():
-    "Kinds, numbers and domains of nouns, and who is a she."
+    "Entries on nouns: kind, singular and plural, domain, pronoun."
     for kind in (*KINDS, "container", "place", "role"):
         for w in _all(kind):
             yield from (f"{w}: [{kind}]", f"{plural(w)}: [{kind}]", f"the {w} [is] here", f"the {plural(w)} [are] here", f"one [{w}] not {plural(w)}",
@@ -527,7 +527,7 @@ def _about_things():
 
 # %% ../../nbs/data/02_synthetic.ipynb #15e955da
 def _about_words():
-    "Synonyms, opposites, forms, praise and blame, what a speaker commits to."
+    "Entries on verbs and adjectives: synonyms, opposites, verb forms, praise or blame, whether a verb of speech commits the speaker."
     for base, past, syn, syn_past in (w.split("/") for w in _all("verb")):
         yield from (f"{base} means [{syn}]", f"{syn} means [{base}]", f"{past} means [{syn_past}]", f"{syn_past} means [{past}]")
         yield from (f"did {v} has [{v_past}]" for v, v_past in ((base, past), (syn, syn_past)))
@@ -546,7 +546,7 @@ def _about_words():
 
 # %% ../../nbs/data/02_synthetic.ipynb #e52cc15b
 def dictionary() -> list[str]:  # each with one word in brackets
-    "What every word of the lexicon is."
+    "Entries with the kind, the forms, the synonyms and the opposites of every word of the lexicon."
     return [*_about_things(), *_about_words()]
 
 # %% ../../nbs/data/02_synthetic.ipynb #93d39fa1
@@ -598,7 +598,7 @@ PRACTICE = {f.__name__: f for f in (extract, sense, referent, difference, mistak
 _I32, _TEXT = datasets.Value("int32"), datasets.Value("string")
 
 def _features(columns, labels):
-    "Hub schema from `name:type` words; no type is text."
+    "The hub's schema from `name:type` words; a name without a type is a string."
     kinds = {"": _TEXT, "i": _I32, "label": datasets.ClassLabel(names=labels) if labels else datasets.Value("float32"),
              "multi": dict.fromkeys(("paragraph", "question", "answer"), _I32)}
     return datasets.Features({n: kinds[t] for n, _, t in (c.partition(":") for c in columns.split())})
@@ -624,12 +624,12 @@ _RATES = {"mnli": (1, 1, 1), "qqp": (11, 9), "boolq": (9, 11), "cb": (2, 2, 1), 
 
 # %% ../../nbs/data/02_synthetic.ipynb #b8769495
 def _differ(row):
-    "Do the texts of a row differ from each other?"
+    "Whether the texts of a row differ from each other."
     texts = [v for v in row.values() if isinstance(v, str)]
     return len(set(texts)) == len(texts)
 
 def _says_new(rows):
-    "Is a held-out word among the rows' words?"
+    "Whether the rows contain a held-out word."
     words = {w for row in rows for v in row.values() if isinstance(v, str) for w in re.findall(r"\w+", v.lower())}
     return bool(words & HELD_OUT)
 
@@ -637,7 +637,7 @@ def examples(
     name: str,  # task
     s: Speaker,  # who draws
 ) -> Iterator[list[dict]]:  # rows that belong together: one, or the answers to one question of multirc
-    "Endless rows of a task; in evaluation each holds a held-out word or frame."
+    "An endless stream of a task's rows; in evaluation each holds a held-out word or frame."
     if name not in MAKERS:
         raise unknown("task", name, MAKERS)
     feature = SCHEMAS[name]["label"]

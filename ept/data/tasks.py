@@ -163,7 +163,7 @@ class Task:
 
     @property
     def cue(self) -> str:
-        "The end of the question, behind its last field: what the label word follows."
+        "The end of the question, after its last field: the text right before the label word."
         pieces = list(string.Formatter().parse(self.question))
         last = max(i for i, piece in enumerate(pieces) if piece[1] is not None)
         return "".join(piece[0] for piece in pieces[last + 1 :])
@@ -175,7 +175,7 @@ class Task:
 
 # %% ../../nbs/data/01_tasks.ipynb #5395e256
 def _tuple(task, name, values):
-    "Several names as a tuple of text; a single string is refused, for its letters would be taken for names."
+    "Several names as a tuple of text; a single string is refused, since its letters would be read as names."
     if isinstance(values, str):
         raise ValueError(f"task {task!r}: {name} is the text {values!r}; it must be a list of names, such as [{values!r}]")
     return tuple(str(v) for v in values)
@@ -222,7 +222,7 @@ def _check(task):
 
 # %% ../../nbs/data/01_tasks.ipynb #5ad6faf5
 def _check_texts(task, here):
-    "Refuse templates that forget a field, and label texts that cannot be told apart."
+    "Refuse templates that forget a field, and label texts of which one is the beginning of another."
     for name in ("template", "question"):
         try:
             used = [field for _, field, _, _ in string.Formatter().parse(getattr(task, name)) if field is not None]

@@ -27,7 +27,7 @@ class BackboneChoice:
 
     name: str  # what records call it; without a folder a name that `materialise` knows, or a hub id
     revision: str | None = None  # commit on the hub; None is resolved at the first download and recorded
-    folder: str | None = None  # where it lies, relative to the repository's root; None is fetched by its name
+    folder: str | None = None  # where it is, relative to the repository's root; None is fetched by its name
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Grid:
 # %% ../../nbs/grid/50_profiles.ipynb #2bbacb5d
 @dataclass(frozen=True)
 class Search:
-    "Learning rates are tried before they are used: all rates of a run times each factor, by the score on validation."
+    "A search for learning rates: all rates of a run times each factor, chosen by the validation score."
 
     factors: tuple[float, ...] = ()  # fewer than two: there is nothing to try, and the rates are used as they stand
     steps: int = 100  # optimizer steps of each try
@@ -98,7 +98,7 @@ class Sweep:
     def overrides(
         size: str,  # of `sizes`
     ) -> dict[str, int]:
-        "Name and value of a size that is changed; `ValueError` for what is none."
+        "The name and the value in an entry of `sizes`; `ValueError` for an invalid one."
         name, _, value = size.rpartition("-")
         if name not in SWEPT:
             raise unknown("swept size", name or size, SWEPT)
@@ -135,7 +135,7 @@ class Profile:
 
     @property
     def searched(self) -> bool:
-        "Whether learning rates are tried before they are used."
+        "Whether learning rates are searched."
         return len(self.search.factors) > 1
 
     def __repr__(self):
@@ -215,16 +215,16 @@ def origin(self: Profile, task: str) -> str:
 
 @patch
 def text(self: Profile, task: str) -> dict[str, Any]:
-    "Of what is said for every run on a task, the part that decides what a backbone reads and which words it ranks; with a task of one's own, all that its file says."
-    said = {name: value for name, value in {**self.training, **self.tasks.get(task, {})}.items() if name in TEXT}
-    return said | ({"definition": _definition(self.own[task])} if task in self.own else {})
+    "The parameters of a task that count even where nothing is trained: how much of a text is read, and the label words; for a task of one's own also its definition."
+    chosen = {name: value for name, value in {**self.training, **self.tasks.get(task, {})}.items() if name in TEXT}
+    return chosen | ({"definition": _definition(self.own[task])} if task in self.own else {})
 
 
 def _definition(task):
-    "Everything that a task's file says."
-    said = asdict(task)
-    del said["hub"], said["data"]["folder"]
-    return said
+    "A task's definition as plain values, without the place of its file."
+    definition = asdict(task)
+    del definition["hub"], definition["data"]["folder"]
+    return definition
 
 # %% ../../nbs/grid/50_profiles.ipynb #0269e8c1
 @dataclass(frozen=True)
@@ -244,12 +244,12 @@ class RunPlan:
 
     @property
     def overrides(self) -> dict[str, int]:
-        "What a run of the sweep does not share with the grid's; empty for a run of the grid."
+        "The size that a run of the sweep changes, and its value; empty for a run of the grid."
         return Sweep.overrides(self.size) if self.size else {}
 
     @property
     def values(self) -> dict[str, Any]:
-        "What the run is told: `training`, then the method's entry, the task's, the sweep's size; the last one wins."
+        "The parameters of the run: `training`, then the method's entry, the task's, the sweep's size; the last one wins."
         p = self.profile
         return {**p.training, **p.methods.get(self.method, {}), **p.tasks.get(self.task, {}), **self.overrides}
 
@@ -273,7 +273,7 @@ def sweep_runs(self: Profile) -> list[RunPlan]:
 
 @patch
 def run(self: Profile, task: str, method: str, seed: int, size: str | None = None) -> RunPlan:
-    "One run; its method need not be in the grid, but then it needs an entry. `size` is one of the sweep's."
+    "One run; its method need not be in the grid, but then it needs an entry under `methods`. `size` is one of the sweep's."
     for kind, name, known in (("task", task, self.grid.tasks), ("method", method, dict.fromkeys((*self.grid.methods, *self.methods)))):
         if name not in known:
             raise unknown(kind, name, known)
@@ -310,7 +310,7 @@ class Paths:
         return self.runs / "checkpoints" / key
 
     def cost(self, key: str) -> Path:
-        "File of what a run has cost: seconds, memory. It differs from time to time, and no result depends on it."
+        "File of what a run has cost: seconds, memory. It differs from run to run, and no result depends on it."
         return self.runs / "costs" / f"{key}.json"
 
     def record(self, kind: str, key: str) -> Path:
@@ -348,7 +348,7 @@ def _own_tasks(folder, names):
     for name in names:
         file = next((place / f"{name}.yaml" for place in places if (place / f"{check_name('task', name)}.yaml").is_file()), None)
         if file and name in TASKS:
-            raise ValueError(f"{file} has the name of a benchmark's task, whose scores it shall not be taken for; call it otherwise")
+            raise ValueError(f"{file} has the name of a benchmark's task, and their scores must not be confused; choose another name")
         if file:
             found[name] = read_task(file)
         elif name not in TASKS:

@@ -68,7 +68,7 @@ def shorten(
     training: TrainingConfig,
     steps: int,
 ) -> TrainingConfig:
-    "A training of so many steps with its warm-up in proportion, validated at its end."
+    "The same training in another number of steps: warm-up in proportion, validated at its end."
     return dataclasses.replace(training, steps=steps, evaluate_every=steps, warmup_steps=training.warmup_steps * steps // training.steps)
 
 
@@ -83,7 +83,7 @@ def best_factor(
 
 # %% ../../nbs/grid/54_runs.ipynb #93a057e8
 def _try(plan):
-    "Validation score of each factor."
+    "The validation score of a short training with each factor; None where its loss is not finite."
     paths, (training, sizes), search = Paths(check(plan.profile)), resolve(plan), plan.profile.search
     backbone = open_backbone(plan.profile, get_method(plan.method).precision)
     rows, folder, scores = read_rows(paths.data(plan.task), ("train", "validation")), paths.checkpoint(f"search-{plan.task}-{plan.method}"), {}

@@ -56,7 +56,7 @@ class LowRankUpdate(Adaptation):
 
 # %% ../../nbs/methods/36_lora.ipynb #86cdac2c
 def _peft():
-    "PEFT, or how to get it."
+    "The module `peft`; `ImportError` says how to install it."
     try:
         import peft
     except ImportError as error:

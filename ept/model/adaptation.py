@@ -24,7 +24,7 @@ def copy_structure(
     model: PreTrainedModel,
     replace: dict[int, Tensor] | None = None,  # `id` of a tensor -> what stands in its place; None shares all
 ) -> PreTrainedModel:
-    "The same modules anew, on the same tensors."
+    "A copy of the modules that shares the tensors."
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared | (replace or {}))
 

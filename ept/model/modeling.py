@@ -71,7 +71,7 @@ class EPTModel(nn.Module):
         return self
 
     def num_trainable_parameters(self) -> int:
-        "How many parameters training changes."
+        "The number of trainable parameters."
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
 # %% ../../nbs/model/25_modeling.ipynb #0524172f
@@ -193,7 +193,7 @@ def gate_weights(self: EPTModel) -> Tensor:  # G, [m, K]
 @patch
 @torch.no_grad()
 def fold(self: EPTModel) -> EPTModel:  # on the same backbone, with nothing to train
-    "The same function with the modules gone: the prompt and the offset as constants; `ValueError` where they are none."
+    "The same model with prompt and offset as constants, without what computes them; `ValueError` where they depend on the text or parameters inside the backbone are trained."
     if self.adaptation:
         raise ValueError(f"this method trains parameters inside the backbone ({self.adaptation.kind}), not only a prompt; use the model as it is")
     return EPTModel(self.backbone, prompt=self.prompt.fold())

@@ -158,7 +158,7 @@ class SoftPrompt(Prompt):
 
     @classmethod
     def configure(cls, config: EPTConfig, extra: None = None) -> EPTConfig:
-        "The sizes as they are."
+        "The common sizes, unchanged."
         return config
 
     @classmethod

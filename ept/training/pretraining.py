@@ -123,7 +123,7 @@ def _practice_rows(n, seed):
 def supervised_rows(
     config: PretrainingConfig,
 ) -> list[tuple[str, str, str]]:  # (task or practice, text, answer)
-    "The supervised mixture, in the words and frames of the training splits but for the `open` share, without instructions yet."
+    "The supervised mixture, still without instructions; all but the `open` share is in the words and frames of the training splits."
     practice = int(config.rows * config.practice)
     return [*_task_rows(config.rows - practice, config.seed, config.open), *_practice_rows(practice, config.seed)]
 
@@ -131,7 +131,7 @@ def unlabelled_texts(
     n: int,
     seed: int = 0,
 ) -> list[str]:
-    "Texts as the tasks show them, in every word and frame, held out or not; nothing says what is asked or answered."
+    "Texts as the tasks show them, in every word and frame, held out or not, without instructions or answers."
     names = [name for name in MAKERS if name != "cola"]
     sources = {name: examples(name, Speaker(f"unlabelled {name} {seed}", "all")) for name in names}
     rows = ((name, next(sources[name])[0]) for name in (names[i % len(names)] for i in range(n)))
@@ -142,9 +142,9 @@ SENTINELS = tuple(f"<extra_id_{i}>" for i in range(16))
 SPECIAL = ("<pad>", "</s>", "<unk>", *SENTINELS)
 
 def train_tokenizer(
-    texts: list[str],  # whatever shall be one token a word
+    texts: list[str],  # each of their words becomes a token
 ) -> PreTrainedTokenizerFast:
-    "A tokenizer that keeps the words it has met whole and spells the others."
+    "A tokenizer with one token for each word of `texts`; other words are spelled in letters."
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Split(Regex(r"\d+\.\d+|\w+:?|[^\w\s]"), "removed", invert=True)
     counter = Tokenizer(models.WordLevel(unk_token="<unk>"))
     counter.normalizer, counter.pre_tokenizer = normalizer, splitter
@@ -213,7 +213,7 @@ def corrupt(
 
 # %% ../../nbs/training/46_pretraining.ipynb #480706ce
 class Material:
-    "All the text of a pretraining as token ids, and batches of it."
+    "The training text as token ids, and the batches made of it."
 
     def __init__(
         self,
@@ -240,7 +240,7 @@ class Material:
 # %% ../../nbs/training/46_pretraining.ipynb #c64f9c8e
 @patch
 def supervised(self: Material, i):
-    "Row `i` behind an instruction for it, or silent: then the answer is a habit and tells nothing of what is asked."
+    "Row `i` behind an instruction, or without one: then the target is a default answer that says nothing about the task."
     name, c = self.names[i], self.config
     if name in MAKERS and self.chance.random() < c.silence * (3 if TASKS[name].regression else 1):
         words = TASKS[name].words
@@ -254,7 +254,7 @@ def supervised(self: Material, i):
 # %% ../../nbs/training/46_pretraining.ipynb #cdb46042
 @patch
 def _endless(self: Material, n, size, length):
-    "Batches of numbers below `n`, of like length, again and again in another order."
+    "An endless stream of batches of indices below `n`: texts of similar length, shuffled anew each time."
     while True:
         order = self.chance.sample(range(n), n)
         for k in range(0, n, 4 * size):
@@ -266,7 +266,7 @@ def _endless(self: Material, n, size, length):
 
 @patch
 def batches(self: Material) -> Iterator[tuple[str, list]]:
-    "Kind and pairs of input and target: of eight steps six are tasks, one the dictionary, one hidden spans."
+    "An endless stream of batches, each a kind and its pairs of input and target: of eight, six are of tasks, one of the dictionary, one of span corruption."
     size, sentinel = self.config.batch_size, len(SPECIAL) - len(SENTINELS)
     tasks = self._endless(len(self.texts), size, lambda i: len(self.texts[i]))
     spans = self._endless(len(self.unlabelled), size, lambda i: len(self.unlabelled[i]))
@@ -295,7 +295,7 @@ def orthogonalise(
 
 # %% ../../nbs/training/46_pretraining.ipynb #705451c3
 class Muon(torch.optim.Optimizer):
-    "Momentum made orthogonal, for the matrices inside the layers; those of one shape in one go."
+    "Orthogonalised momentum for the matrices inside the layers; matrices of one shape are updated together (Jordan et al. 2024)."
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.01, half=False):
         shapes = sorted({tuple(p.shape) for p in matrices})

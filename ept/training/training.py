@@ -40,7 +40,7 @@ from ..utils.fingerprints import code_version
 
 # %% ../../nbs/training/44_training.ipynb #bea4783f
 def _last_checkpoint(folder, identity):
-    "The newest whole checkpoint of this very run, and the seconds spent up to it; anything else is removed."
+    "The newest complete checkpoint of this run, and the seconds of training up to it; incomplete ones and those of other runs are removed."
     folder, record = Path(folder), Path(folder) / "run.json"
     if not record.exists() or json.loads(record.read_text()) != identity:
         shutil.rmtree(folder, ignore_errors=True)
@@ -87,7 +87,7 @@ def _history(log):
 
 
 def _processor(device):
-    "The name of what computes."
+    "The name of the GPU; or of the CPU, with the number of threads."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -224,7 +224,7 @@ def train(
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
 ) -> Run:
-    "Train one prompt and write its adapter; a killed run resumes at its last checkpoint with the same bits."
+    "Train one prompt and write its adapter; a killed run resumes at its last checkpoint and ends with the same bits as one that was not interrupted."
     task, method = get_task(task), get_method(method)
     sizes = (sizes or {}) | {"seed": seed}
     sources = _sources(task, method, sizes, backbone, source_prompts)
