@@ -5,6 +5,7 @@ steps of all rounds. Nothing is downloaded: the backbones have the real shapes a
 """
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -65,7 +66,7 @@ def sample(task, shape, examples, seed=0):
 def seconds_of(steps, length):
     "A step's seconds at any length, on the line between the measured lengths on both sides."
     known = sorted((int(n), s["median"]) for n, s in steps.items())
-    left, right = next(((a, b) for a, b in zip(known, known[1:]) if length <= b[0]), known[-2:])
+    left, right = next(((a, b) for a, b in itertools.pairwise(known) if length <= b[0]), known[-2:])
     return left[1] + (right[1] - left[1]) * (length - left[0]) / (right[0] - left[0])
 
 

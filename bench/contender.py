@@ -3,6 +3,7 @@
 Prints one line of JSON. Imports are inside functions, so that the start-up of a contender holds what it needs and nothing else.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -38,10 +39,8 @@ def forget_peak():
 
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
 
 
 def texts(vocabulary, lengths, seed=0):
@@ -193,7 +192,7 @@ def build(job):
 
 def train(job):
     "Seconds a step at each length, peak memory, floating-point operations of a step."
-    model, make = build(job)
+    _, make = build(job)
     found, ready = {}, time.perf_counter() - STARTED
     forget_peak()
     with tempfile.TemporaryDirectory() as folder:

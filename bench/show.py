@@ -46,7 +46,7 @@ def training_table(shape, machine):
     rows = []
     for name, found in shape["train"].items():
         kind = precision(name, machine)
-        share = lambda n: found["operations"][n] / found["step_seconds"][n]["median"] / shape["rates"][kind]
+        share = lambda n, found=found, kind=kind: found["operations"][n] / found["step_seconds"][n]["median"] / shape["rates"][kind]
         rows.append(
             [
                 NAMES[name],

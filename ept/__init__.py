@@ -1,6 +1,27 @@
 """Efficient prompt tuning by multi-space projection and prompt fusion, for frozen language models."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the names of `_HOMES` once more, for editors and type checkers, which do not run `__getattr__`
+    from .data.loading import load_task as load_task
+    from .data.task_files import read_task as read_task
+    from .data.tasks import TASKS as TASKS
+    from .data.tasks import Task as Task
+    from .data.tasks import get_task as get_task
+    from .methods.registry import METHODS as METHODS
+    from .methods.registry import Method as Method
+    from .methods.registry import build_method as build_method
+    from .methods.registry import register as register
+    from .model.backbone import Backbone as Backbone
+    from .model.backbone import load_backbone as load_backbone
+    from .model.modeling import EPTModel as EPTModel
+    from .prompt.soft import EPTConfig as EPTConfig
+    from .training.config import TrainingConfig as TrainingConfig
+    from .training.evaluation import Evaluation as Evaluation
+    from .training.evaluation import evaluate as evaluate
+    from .training.training import Run as Run
+    from .training.training import train as train
 
 __version__ = "0.0.1"
 
@@ -11,7 +32,7 @@ _HOMES = {
     "prompt.soft": ("EPTConfig",),
     "model.backbone": ("Backbone", "load_backbone"),
     "model.modeling": ("EPTModel",),
-    "methods.registry": ("METHODS", "build_method"),
+    "methods.registry": ("METHODS", "Method", "build_method", "register"),
     "training.config": ("TrainingConfig",),
     "training.training": ("Run", "train"),
     "training.evaluation": ("Evaluation", "evaluate"),

@@ -79,11 +79,13 @@ def hub(folder, tmp_path, monkeypatch):
             seen.append(self.path)
             path = self.path.partition("?")[0]
             if re.fullmatch(r"/api/models/own/model(/revision/\w+)?", path):
-                return self.answer(200, json.dumps({"id": "own/model", "sha": COMMIT, "siblings": []}).encode(), **{"Content-Type": "application/json"})
+                self.answer(200, json.dumps({"id": "own/model", "sha": COMMIT, "siblings": []}).encode(), **{"Content-Type": "application/json"})
+                return
             found = re.fullmatch(r"/own/model/resolve/(\w+)/(.+)", path)
             file = folder / found[2] if found else None
             if file is None or found[1] not in (COMMIT, "main") or not file.is_file():
-                return self.answer(404, **{"X-Error-Code": "EntryNotFound"})
+                self.answer(404, **{"X-Error-Code": "EntryNotFound"})
+                return
             body = file.read_bytes()
             self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', **{"X-Repo-Commit": COMMIT})
 

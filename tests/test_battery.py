@@ -52,7 +52,7 @@ def build(method, model, **changes):
 
 @pytest.fixture
 def trained(model):
-    """The model with every trainable number moved, as training would."""
+    """The model with every trainable parameter changed, as training would."""
     return perturbed(model)
 
 

@@ -323,7 +323,7 @@ def test_bad_tables_of_a_user(source, message, tmp_path):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for name, content in (("t.csv", b'a,b\n"1,2\n3,4,5\n'), ("t.jsonl", b'{"subject": \n'), ("t.csv", b"\xff\xfe\x00subject"), ("t.csv", b"")):
         (tmp_path / name).write_bytes(content)
-        assert f"{tmp_path / name} cannot be read as {name[2:]}" in failure(lambda: load_task(TICKETS, tmp_path / name))
+        assert f"{tmp_path / name} cannot be read as {name[2:]}" in failure(lambda name=name: load_task(TICKETS, tmp_path / name))
     (tmp_path / "t.xlsx").write_bytes(b"")
     assert "known kinds: .csv, .tsv" in failure(lambda: load_task(TICKETS, tmp_path / "t.xlsx"))
 
@@ -352,21 +352,21 @@ def hub(tmp_path, monkeypatch):
             path = self.path.partition("?")[0].replace("%2F", "/")
             if found := re.fullmatch(r"/api/datasets/own/set(?:/revision/(.+))?", path):
                 commit = COMMIT.get(found[1] or "main", found[1])
-                return self.json(commit, {"id": "own/set", "sha": commit, "siblings": [{"rfilename": p} for c, p in files if c == commit]})
-            if found := re.fullmatch(r"/api/datasets/own/set/tree/([^/]+|refs/convert/parquet)", path):
+                self.json(commit, {"id": "own/set", "sha": commit, "siblings": [{"rfilename": p} for c, p in files if c == commit]})
+            elif found := re.fullmatch(r"/api/datasets/own/set/tree/([^/]+|refs/convert/parquet)", path):
                 commit = COMMIT.get(found[1], found[1])
-                return self.json(commit, [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for (c, p), b in files.items() if c == commit])
-            found = re.fullmatch(r"/datasets/own/set/resolve/([^/]+)/(.+)", path)
-            body = files.get((found[1], found[2])) if found else None
-            if body is None:
-                return self.answer(404, X_Error_Code="EntryNotFound")
-            self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=found[1])
+                self.json(commit, [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for (c, p), b in files.items() if c == commit])
+            elif (found := re.fullmatch(r"/datasets/own/set/resolve/([^/]+)/(.+)", path)) and (body := files.get((found[1], found[2]))) is not None:
+                self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=found[1])
+            else:
+                self.answer(404, X_Error_Code="EntryNotFound")
 
         do_HEAD = do_GET
 
         def json(self, commit, value):
             if not any(c == commit for c, _ in files):
-                return self.answer(404, X_Error_Code="RevisionNotFound")
+                self.answer(404, X_Error_Code="RevisionNotFound")
+                return
             self.answer(200, json.dumps(value).encode(), Content_Type="application/json", X_Repo_Commit=commit)
 
         def log_message(self, *_):
@@ -444,7 +444,7 @@ def test_hub_without_the_files_says_where_it_looked(hub):
 def test_hub_unreachable_and_nothing_cached(hub):
     stop(hub)
     message = failure(lambda: load_task(own(), "hub"))
-    assert "the data set own/set (rte) cannot be had from the hub and is not in its cache" in message
+    assert "the data set own/set (rte) cannot be downloaded from the hub and is not in its cache" in message
     assert all(way in message for way in WAYS)
     assert "nyu-mll/glue (cola)" in failure(lambda: load_task("cola", "hub"))
 

@@ -57,7 +57,7 @@ def test_constant_predictions_warn_nobody_and_give_numbers(name):
             warnings.simplefilter("error")
             scores = score_task(task, constant, labels, groups=np.arange(40) // 4)
             alone = score_task(task, constant[:1], labels[:1], groups=[0])
-        assert list(scores)[0] == task.score and scores["n"] == 40 and alone["n"] == 1
+        assert next(iter(scores)) == task.score and scores["n"] == 40 and alone["n"] == 1
         assert all(np.isfinite(v) for v in (*scores.values(), *alone.values()))
         for metric in {"matthews", "pearson", "spearman"} & set(scores):
             assert scores[metric] == 0.0

@@ -165,3 +165,13 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == {str(path.relative_to(ROOT)) for path in (ROOT / "ept").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert "ept/py.typed" in held and "ept/prompt/soft.py" in held
+
+
+def test_type_checkers_see_the_public_names():
+    """They do not run `ept.__getattr__`; what they are told instead are the same names of the same modules."""
+    import ept
+
+    told = next(node for node in ast.parse((ROOT / "ept" / "__init__.py").read_text()).body if isinstance(node, ast.If))
+    assert ast.unparse(told.test) == "TYPE_CHECKING" and all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in told.body)
+    assert {(alias.asname, node.module) for node in told.body for alias in node.names if alias.asname == alias.name} == set(ept._HOME_OF.items())
+    assert all(getattr(ept, name) is not None for name in ept.__all__)

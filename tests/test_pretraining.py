@@ -80,9 +80,8 @@ def test_no_text_of_the_data_sets_is_unknown_or_long():
     whole = Material(PretrainingConfig(rows=6000)).tokenizer
     for name in MAKERS:
         for frame in make_task(name).values():
-            if name == "wsc":
-                frame = TASKS[name].hub.derive(frame)
-            for row in frame.to_dict("records"):
+            marked = TASKS[name].hub.derive(frame) if name == "wsc" else frame
+            for row in marked.to_dict("records"):
                 text = TASKS[name].text(row)
                 assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
                 lengths.append(len(whole(text)["input_ids"]))

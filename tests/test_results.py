@@ -1035,7 +1035,7 @@ def test_a_sweep_is_read_from_records_and_drawn_with_the_grids_point(tmp_path):
     assert read(plain, tmp_path).sweep.empty and plot_sweep(read(plain, tmp_path)) is None
     base = json.loads(Paths(p, tmp_path).record("scores", "cola-ept-0").read_text())
     for plan in p.sweep_runs()[:2]:
-        Paths(p, tmp_path).record("scores", plan.key).write_text(json.dumps(base | {"swept": "rank", "score": 80.0 + plan.moved["rank"]}))
+        Paths(p, tmp_path).record("scores", plan.key).write_text(json.dumps(base | {"swept": "rank", "score": 80.0 + plan.overrides["rank"]}))
     table = read(p, tmp_path)
     assert table.sweep[["swept", "value"]].to_numpy().tolist() == [["rank", 5], ["rank", 10], ["rank", 15]]
     assert table.sweep["score"].tolist()[:2] == [85.0, 90.0] and math.isnan(table.sweep["score"][2]), "a run that is missing is a row"

@@ -30,7 +30,7 @@ def test_rows_are_made_for_known_tasks():
 def test_columns_labels_and_sizes(made, name):
     task = TASKS[name]
     assert set(made[name]) == set(task.hub.splits)
-    for split, frame in made[name].items():
+    for frame in made[name].values():
         assert list(frame) == list(SCHEMAS[name])
         assert not frame.isna().any().any() and frame.astype(str).ne("").all().all()
         if task.regression:

@@ -49,7 +49,7 @@ class Encoder:
         self.candidates = self._candidates()  # token ids of each label text, in the order of the labels' numbers
 
     def _tokenize(self, texts, **keywords):
-        "Token ids of texts; those behind a question go on, so nothing ends them."
+        "Token ids of texts; in the question style without an end token, since the answer follows."
         out = self.tokenizer(texts, padding=False, truncation=False, return_attention_mask=False, verbose=False, **keywords)
         if self.style == "question":
             end = self.tokenizer.eos_token_id
@@ -77,7 +77,7 @@ def _candidates(self: Encoder):
 
 @patch
 def _check_candidates(self: Encoder, found):
-    "Refuse labels that are the same tokens, or of which one begins another."
+    "Refuse candidates that are equal, or of which one is the beginning of another."
     for i, one in enumerate(found):
         for j, other in enumerate(found):
             if i != j and other[: len(one)] == one:
@@ -111,7 +111,7 @@ def encode(
 # %% ../../nbs/data/03a_encoding.ipynb #12ca25fb
 @patch
 def _cut(self: Encoder, values, places, offsets, length, row):
-    "Shorten the longest field of `values` in place, by the tokens that are too many."
+    "Shorten the fields of `values` in place, always the longest one, by the tokens in excess of `max_length`."
     ends = {}
     for field in (f for f in self.task.fields if f not in self.task.uncut):
         start, stop = places[field]
@@ -122,7 +122,8 @@ def _cut(self: Encoder, values, places, offsets, length, row):
         raise ValueError(f"row {row} of task {self.task.name!r}: the text has {length} tokens and max_length is {self.max_length}; "
                          f"what may not be cut ({', '.join(self.task.uncut) or 'the template'}) needs about {whole}. "
                          "Raise max_length, or leave the row out")
-    for field, number in keep.items():
+    for field, wanted in keep.items():
+        number = wanted
         while 0 < number < len(ends[field]) and ends[field][number - 1] >= ends[field][number]:
             number -= 1  # several tokens can make up one character
         if number < len(ends[field]):
@@ -134,7 +135,7 @@ def target(
     self: Encoder,
     label: int | float,  # a label's number; for regression a value, which goes to the nearest of the grid
 ) -> int:  # index into `candidates`
-    "The candidate that stands for a label."
+    "The index of a label's candidate."
     if not self.task.regression:
         if not 0 <= int(label) < len(self.candidates):
             raise ValueError(f"label {label} of task {self.task.name!r}: it must be from 0 to {len(self.candidates) - 1}")

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 # %% ../../nbs/data/03_loading.ipynb #5a15860e
 def _ways(task):
-    "The ways to get the data, the last line of every message."
+    "How to get the data: the end of every error message."
     own = "give your own tables: load_task(task, source={'train': frame, 'validation': frame, 'test': frame})"
     if task.hub is None:
         named = f"the files that the task names are {', '.join(map(str, task.data.files.values()))}; or " if task.data else ""
@@ -68,7 +68,7 @@ def _texts(task, frame, field, where):
 
 # %% ../../nbs/data/03_loading.ipynb #42c8a864
 def _label(task, value):
-    "The number of one label, or None if it is none; a float for regression."
+    "The number of a label (its value as a float for regression); None for an invalid one."
     if task.regression:
         try:
             number = float(value)
@@ -113,7 +113,7 @@ def _checked(task, frame, where):
 
 # %% ../../nbs/data/03_loading.ipynb #b0060bfd
 def _by_name(task, frame, features):
-    "The frame with label numbers turned into the task's own, where both name the same labels."
+    "The frame with label names in place of numbers, where the file lists the task's labels in another order."
     column = _label_column(task)
     label = (features or {}).get(column)
     if not isinstance(label, ClassLabel) or set(label.names) != set(task.labels) or tuple(label.names) == task.labels:
@@ -156,7 +156,7 @@ def _read_file(task, path):
 
 # %% ../../nbs/data/03_loading.ipynb #cf7a7be2
 def _units(task, rows):
-    "What is drawn as one, a number for each row of a frame or a data set: the group, or the row itself."
+    "The sampling unit of each row, as a number: its group, or the row itself."
     return pd.factorize(np.asarray(rows[task.group]))[0] if task.group else np.arange(len(rows))
 
 
@@ -228,7 +228,7 @@ def _public(task, read):
 
 
 def _from_embedded(task, folder):
-    "The public splits of an artificial benchmark: from its folder, else made in memory."
+    "The public splits of a synthetic benchmark: from its folder, else generated in memory."
     if folder is not None:
         return _from_folder(task, folder)
     folder = repository_root() / "data"
@@ -256,7 +256,7 @@ def _snapshot(task, revision):
         if all(_parquet_files(folder / hub.config, split) for split in hub.splits):
             return folder
         failures.append(f"revision {place or 'main'}: no parquet files for {', '.join(hub.splits)}")
-    raise ConnectionError(f"the data set {hub.repository} ({hub.config}) cannot be had from the hub and is not in its cache; "
+    raise ConnectionError(f"the data set {hub.repository} ({hub.config}) cannot be downloaded from the hub and is not in its cache; "
                           f"{'; '.join(failures)}.{_ways(task)}")
 
 
@@ -267,7 +267,7 @@ def _from_hub_snapshot(task, revision):
 
 # %% ../../nbs/data/03_loading.ipynb #b7a3a7d0
 def _to_frame(task, table, split):
-    "One table of a user's, checked."
+    "A table given by the user, checked."
     where = f"the table given for split {split!r}"
     if isinstance(table, (str, Path)):
         where, table = str(table), _read_file(task, table)

@@ -12,12 +12,12 @@ import numpy as np
 from scipy import stats
 from sklearn import metrics as sk
 
-from .tasks import METRICS, Task, get_task
+from .tasks import Task, get_task
 from ..utils.checking import unknown
 
 # %% ../../nbs/data/04_metrics.ipynb #32ba488f
 def _constant(values):
-    "Whether all values are the same, but for the rounding of a weighted mean."
+    "Whether all values are equal, up to floating-point error."
     values = np.asarray(values, dtype=float)
     return np.ptp(values) <= 1e-9 * max(1.0, np.abs(values).max())
 
@@ -100,7 +100,7 @@ def majority_score(
     groups: Sequence | None = None,  # for exact_match, see `score_task`; not needed for the score
     metric: str | None = None,  # one of the task's metrics; None is the task's score
 ) -> float:  # percentage, 0-100
-    "The score of answering the same to every example."
+    "The score of a constant prediction: the majority class of the training labels, their mean for regression."
     task = get_task(task)
     metric = metric or task.score
     if metric not in task.metrics:

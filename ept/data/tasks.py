@@ -7,15 +7,16 @@ __all__ = ['SPLITS', 'SPLIT_SEED', 'METRICS', 'STYLES', 'VERBALIZERS', 'TASKS', 
            'get_task']
 
 # %% ../../nbs/data/01_tasks.ipynb #89b10900
+import dataclasses
 import re
 import string
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..utils.checking import unknown
+from ..utils.checking import check_range, unknown
 
 # %% ../../nbs/data/01_tasks.ipynb #139f064f
 def _find_span(text, span, index):
@@ -42,7 +43,7 @@ def mark_spans(
     for span, index, sign in ((span1, index1, "*"), (span2, index2, "#")):
         start, end = _find_span(text, span, index)
         marks += [(start, 1, start - end, f"{sign} "), (end, 0, start - end, f" {sign}")]
-    for position, opens, _, mark in sorted(marks, key=lambda m: (m[0], m[1], m[2] if m[1] else -m[2]), reverse=True):
+    for position, _, _, mark in sorted(marks, key=lambda m: (m[0], m[1], m[2] if m[1] else -m[2]), reverse=True):
         text = text[:position] + mark + text[position:]
     return text
 
@@ -107,14 +108,13 @@ class TableSource:
     test: str | None = None  # file of the test set; None: a part of the others
     label: str = "label"  # column that holds the labels, by their text or their number
     seed: int = SPLIT_SEED  # of the rows that are held out
-    folder: Path | None = field(default=None, repr=False)  # in which the files lie; None is the working folder
+    folder: Path | None = dataclasses.field(default=None, repr=False)  # in which the files lie; None is the working folder
 
     def __post_init__(self):
         if (self.file is None) == (self.train is None) or (self.file and (self.validation or self.test)):
             given = [name for name in ("file", *SPLITS) if getattr(self, name)]
             raise ValueError(f"the data are given by {given or 'nothing'}; give either file, which is split, or train, with validation and test as far as there are any")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
+        check_range(self, ("seed",), least=0)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -163,7 +163,7 @@ class Task:
 
     @property
     def cue(self) -> str:
-        "The end of the question, behind its last field: what the label word follows."
+        "The end of the question, after its last field: the text right before the label word."
         pieces = list(string.Formatter().parse(self.question))
         last = max(i for i, piece in enumerate(pieces) if piece[1] is not None)
         return "".join(piece[0] for piece in pieces[last + 1 :])
@@ -175,7 +175,7 @@ class Task:
 
 # %% ../../nbs/data/01_tasks.ipynb #5395e256
 def _tuple(task, name, values):
-    "Several names as a tuple of text; a single string is refused, for its letters would be taken for names."
+    "Several names as a tuple of text; a single string is refused, since its letters would be read as names."
     if isinstance(values, str):
         raise ValueError(f"task {task!r}: {name} is the text {values!r}; it must be a list of names, such as [{values!r}]")
     return tuple(str(v) for v in values)
@@ -222,7 +222,7 @@ def _check(task):
 
 # %% ../../nbs/data/01_tasks.ipynb #5ad6faf5
 def _check_texts(task, here):
-    "Refuse templates that forget a field, and label texts that cannot be told apart."
+    "Refuse templates that forget a field, and label texts of which one is the beginning of another."
     for name in ("template", "question"):
         try:
             used = [field for _, field, _, _ in string.Formatter().parse(getattr(task, name)) if field is not None]

@@ -22,7 +22,7 @@ from ..utils.settings import load_settings
 def write_rows(
     data: DatasetDict,  # train, validation, test
     folder: str | Path,
-    record: dict | None = None,  # what else `task.json` shall say
+    record: dict | None = None,  # further entries of `task.json`
 ) -> pd.DataFrame:  # one row a split: examples and, for classes, the share of each label
     "Write the splits of a task and a description of them."
     folder, shares = Path(folder), {}

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 
 from ..data.task_files import read_task
 from ..data.tasks import SPLITS, TASKS, Task, get_task
-from ..utils.checking import check_name, from_dict, unknown
+from ..utils.checking import check_name, check_range, from_dict, unknown
 from ..utils.files import repository_root
 
 # %% ../../nbs/grid/50_profiles.ipynb #7a515d7b
@@ -27,7 +27,7 @@ class BackboneChoice:
 
     name: str  # what records call it; without a folder a name that `materialise` knows, or a hub id
     revision: str | None = None  # commit on the hub; None is resolved at the first download and recorded
-    folder: str | None = None  # where it lies, relative to the repository's root; None is fetched by its name
+    folder: str | None = None  # where it is, relative to the repository's root; None is fetched by its name
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,11 @@ class DataChoice:
     subsample: dict[str, int] = field(default_factory=dict)  # most examples of a split; {} is all
 
     def __post_init__(self):
-        kinds = {"embedded": "embedded data lie in a folder of this repository: add", "benchmark": "settings.ini says where benchmarks lie: remove", "own": "each task names its files: remove"}
+        kinds = {
+            "embedded": "embedded data are in a folder of this repository: add",
+            "benchmark": "settings.ini says where benchmarks are: remove",
+            "own": "each task names its files: remove",
+        }
         if self.source not in kinds:
             raise unknown("data source", self.source, kinds)
         if (self.folder is not None) != (self.source == "embedded"):
@@ -63,7 +67,7 @@ class Grid:
 # %% ../../nbs/grid/50_profiles.ipynb #2bbacb5d
 @dataclass(frozen=True)
 class Search:
-    "Learning rates are tried before they are used: all rates of a run times each factor, by the score on validation."
+    "A search for learning rates: all rates of a run times each factor, chosen by the validation score."
 
     factors: tuple[float, ...] = ()  # fewer than two: there is nothing to try, and the rates are used as they stand
     steps: int = 100  # optimizer steps of each try
@@ -72,35 +76,34 @@ class Search:
     def __post_init__(self):
         if len(set(self.factors)) < len(self.factors) or not all(f > 0 for f in self.factors) or len(self.factors) == 1:
             raise ValueError(f"search.factors is {list(self.factors)}; name at least two, each once and above 0, or leave `search` out to use the rates as they stand")
-        if self.steps < 1:
-            raise ValueError(f"search.steps is {self.steps}; it must be at least 1")
+        check_range(self, ("steps",), least=1, where="search")
 
 # %% ../../nbs/grid/50_profiles.ipynb #280b6090
-SWEPT = ("short_length", "rank", "spaces")  # sizes of `ept` that a sweep may move: m, r, K
+SWEPT = ("short_length", "rank", "spaces")  # sizes of `ept` that a sweep may change: m, r, K
 
 
 @dataclass(frozen=True)
 class Sweep:
-    "Runs of `ept` beside the grid, each with one size moved away from the grid's own."
+    "Runs of `ept` beside the grid, each with one size other than the grid's own."
 
     tasks: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
-    sizes: tuple[str, ...] = ()  # what is moved and where to: "short_length-20", "rank-8", "spaces-1"
+    sizes: tuple[str, ...] = ()  # which size, and its value: "short_length-20", "rank-8", "spaces-1"
 
     def __post_init__(self):
         for size in self.sizes:
-            self.moved(size)
+            self.overrides(size)
 
     @staticmethod
-    def moved(
+    def overrides(
         size: str,  # of `sizes`
     ) -> dict[str, int]:
-        "Name and value of a moved size; `ValueError` for what is none."
+        "The name and the value in an entry of `sizes`; `ValueError` for an invalid one."
         name, _, value = size.rpartition("-")
         if name not in SWEPT:
             raise unknown("swept size", name or size, SWEPT)
         if not value.isdecimal():
-            raise ValueError(f"sweep.sizes: {size!r} moves {name} to {value!r}; write a whole number, as in {name}-8")
+            raise ValueError(f"sweep.sizes: {size!r} sets {name} to {value!r}; write a whole number, as in {name}-8")
         return {name: int(value)}
 
 # %% ../../nbs/grid/50_profiles.ipynb #4c9a63ad
@@ -132,7 +135,7 @@ class Profile:
 
     @property
     def searched(self) -> bool:
-        "Whether learning rates are tried before they are used."
+        "Whether learning rates are searched."
         return len(self.search.factors) > 1
 
     def __repr__(self):
@@ -145,7 +148,10 @@ def _check_source(profile):
     "Refuse a source of rows that is not that of the tasks."
     named = [t for t in profile.grid.tasks if t not in profile.own]
     if profile.data.source == "own" and named:
-        raise ValueError(f"data.source is 'own', and task {named[0]!r} is one of the benchmarks; choose embedded (made up) or benchmark (real rows), which leaves the tasks of your own as they are")
+        raise ValueError(
+            f"data.source is 'own', and task {named[0]!r} is one of the benchmarks; choose embedded (made up) or benchmark (real rows),"
+            " which leaves the tasks of your own as they are"
+        )
     if profile.data.source != "own" and not named:
         raise ValueError(f"data.source is {profile.data.source!r}, and every task names its own files; write `data: {{source: own}}`")
 
@@ -158,7 +164,7 @@ def _check_lists(profile):
     _check_sources(profile.grid, profile.search)
     _check_sweep(profile.grid, profile.sweep)
 
-
+# %% ../../nbs/grid/50_profiles.ipynb #7d513245
 def _check_sweep(grid, sweep):
     "Refuse a sweep away from runs that are not in the grid."
     for name in ("tasks", "seeds", "sizes"):
@@ -169,7 +175,7 @@ def _check_sweep(grid, sweep):
         if task not in grid.tasks:
             raise ValueError(f"sweep.tasks: {unknown('task', task, grid.tasks)}; a sweep is compared with the grid's own runs")
     if sweep.tasks and "ept" not in grid.methods:
-        raise ValueError("sweep moves the sizes of 'ept' and takes the learning rates of its search; add 'ept' to grid.methods")
+        raise ValueError("sweep changes the sizes of 'ept' and takes the learning rates of its search; add 'ept' to grid.methods")
 
 
 def _check_sources(grid, search):
@@ -209,16 +215,16 @@ def origin(self: Profile, task: str) -> str:
 
 @patch
 def text(self: Profile, task: str) -> dict[str, Any]:
-    "Of what is said for every run on a task, the part that decides what a backbone reads and which words it ranks; with a task of one's own, all that its file says."
-    said = {name: value for name, value in {**self.training, **self.tasks.get(task, {})}.items() if name in TEXT}
-    return said | ({"definition": _definition(self.own[task])} if task in self.own else {})
+    "The parameters of a task that count even where nothing is trained: how much of a text is read, and the label words; for a task of one's own also its definition."
+    chosen = {name: value for name, value in {**self.training, **self.tasks.get(task, {})}.items() if name in TEXT}
+    return chosen | ({"definition": _definition(self.own[task])} if task in self.own else {})
 
 
 def _definition(task):
-    "Everything that a task's file says."
-    said = asdict(task)
-    del said["hub"], said["data"]["folder"]
-    return said
+    "A task's definition as plain values, without the place of its file."
+    definition = asdict(task)
+    del definition["hub"], definition["data"]["folder"]
+    return definition
 
 # %% ../../nbs/grid/50_profiles.ipynb #0269e8c1
 @dataclass(frozen=True)
@@ -229,7 +235,7 @@ class RunPlan:
     task: str
     method: str
     seed: int
-    size: str | None = None  # of a run of the sweep: what is moved, see `Sweep`
+    size: str | None = None  # of a run of the sweep: what is changed, see `Sweep`
 
     @property
     def key(self) -> str:
@@ -237,15 +243,15 @@ class RunPlan:
         return f"{self.task}-{self.method}-{self.seed}" + (f"-{self.size}" if self.size else "")
 
     @property
-    def moved(self) -> dict[str, int]:
-        "What a run of the sweep does not share with the grid's; empty for a run of the grid."
-        return Sweep.moved(self.size) if self.size else {}
+    def overrides(self) -> dict[str, int]:
+        "The size that a run of the sweep changes, and its value; empty for a run of the grid."
+        return Sweep.overrides(self.size) if self.size else {}
 
     @property
     def values(self) -> dict[str, Any]:
-        "What the run is told: `training`, then the method's entry, the task's, the sweep's size; the last one wins."
+        "The parameters of the run: `training`, then the method's entry, the task's, the sweep's size; the last one wins."
         p = self.profile
-        return {**p.training, **p.methods.get(self.method, {}), **p.tasks.get(self.task, {}), **self.moved}
+        return {**p.training, **p.methods.get(self.method, {}), **p.tasks.get(self.task, {}), **self.overrides}
 
     def __repr__(self):
         return f"RunPlan({self.profile.profile}: {self.key})"
@@ -267,7 +273,7 @@ def sweep_runs(self: Profile) -> list[RunPlan]:
 
 @patch
 def run(self: Profile, task: str, method: str, seed: int, size: str | None = None) -> RunPlan:
-    "One run; its method need not be in the grid, but then it needs an entry. `size` is one of the sweep's."
+    "One run; its method need not be in the grid, but then it needs an entry under `methods`. `size` is one of the sweep's."
     for kind, name, known in (("task", task, self.grid.tasks), ("method", method, dict.fromkeys((*self.grid.methods, *self.methods)))):
         if name not in known:
             raise unknown(kind, name, known)
@@ -304,7 +310,7 @@ class Paths:
         return self.runs / "checkpoints" / key
 
     def cost(self, key: str) -> Path:
-        "File of what a run has cost: seconds, memory. It differs from time to time, and no result depends on it."
+        "File of what a run has cost: seconds, memory. It differs from run to run, and no result depends on it."
         return self.runs / "costs" / f"{key}.json"
 
     def record(self, kind: str, key: str) -> Path:
@@ -342,7 +348,7 @@ def _own_tasks(folder, names):
     for name in names:
         file = next((place / f"{name}.yaml" for place in places if (place / f"{check_name('task', name)}.yaml").is_file()), None)
         if file and name in TASKS:
-            raise ValueError(f"{file} has the name of a benchmark's task, whose scores it shall not be taken for; call it otherwise")
+            raise ValueError(f"{file} has the name of a benchmark's task, and their scores must not be confused; choose another name")
         if file:
             found[name] = read_task(file)
         elif name not in TASKS:

@@ -35,7 +35,7 @@ def open_backbone(
     profile: Profile,
     precision: str | None = None,  # see `resolve_precision`; None is that of `settings.ini`
 ) -> Backbone:
-    "The backbone of a profile on the device of `settings.ini`, under the name it has everywhere."
+    "The backbone of a profile on the device of `settings.ini`, under the profile's name for it."
     settings, folder = load_settings(), Paths(profile).backbone
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is missing; run the backbone stage of this profile first (make reproduce)")
@@ -43,5 +43,5 @@ def open_backbone(
         torch.set_num_threads(settings.threads)
     backbone = load_backbone(str(folder), device=settings.device, precision=precision or settings.precision)
     name = profile.backbone.name
-    backbone.model.config._name_or_path = name  # an adapter shall not remember a folder of this machine
+    backbone.model.config._name_or_path = name  # an adapter must not record a folder of this machine
     return dataclasses.replace(backbone, name=name)

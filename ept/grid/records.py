@@ -29,7 +29,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy",
 
 
 def package_versions() -> dict[str, str]:  # name -> version
-    "The packages whose numbers a result rests on."
+    "The versions of the packages that can change a result."
     found = {}
     for name in PACKAGES:
         try:
@@ -40,7 +40,7 @@ def package_versions() -> dict[str, str]:  # name -> version
 
 # %% ../../nbs/grid/55_records.ipynb #a5c8a24a
 def _majority(task, data):
-    "Each metric of a constant answer."
+    "Each metric of a constant prediction."
     train, test = data["train"]["label"], data["test"]
     groups = test[task.group] if task.group else None
     return {m: round(majority_score(task, train, test["label"], groups, metric=m), 4) for m in task.metrics}
@@ -50,12 +50,12 @@ def make_record(
     plan: RunPlan,
     backbone: "Backbone",
     data: "datasets.DatasetDict",
-    saved: dict,  # what training has written about itself
+    saved: dict,  # the record that training has written
     metrics: dict,  # of `evaluate`
     history: dict | None = None,  # step, loss, score: one value a logging or validation
     gates: list | None = None,  # gate weights, [m, K]
 ) -> dict:
-    "Everything a run found out, with its whole configuration."
+    "The record of a run: its scores, sizes and history, with its whole configuration."
     task = plan.profile.task(plan.task)
     number = {m: metrics["n_groups"] if m == "exact_match" else metrics["n"] for m in task.metrics}
     return {
@@ -72,7 +72,7 @@ def make_record(
         "adapter_bytes": saved["adapter_bytes"],
         "chosen_step": saved["chosen_step"],
         "config": {k: saved[k] for k in ("training", "sizes", "max_length", "verbalizer", "source_prompts", "search") if k in saved},
-        **({"swept": next(iter(plan.moved))} if plan.moved else {}),
+        **({"swept": next(iter(plan.overrides))} if plan.overrides else {}),
         "history": history or {"step": [], "loss": [], "score": []},
         "gate_weights": gates,
         "packages": package_versions(),
@@ -81,7 +81,7 @@ def make_record(
 
 # %% ../../nbs/grid/55_records.ipynb #963432c6
 def _saved(adapter):
-    "What training has written about itself, and its history."
+    "The record that training has written, with that of its search, and its history."
     saved = json.loads((adapter / "training.json").read_text())
     if (adapter / "search.json").exists():
         saved["search"] = json.loads((adapter / "search.json").read_text())

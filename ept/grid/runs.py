@@ -68,7 +68,7 @@ def shorten(
     training: TrainingConfig,
     steps: int,
 ) -> TrainingConfig:
-    "A training of so many steps with its warm-up in proportion, validated at its end."
+    "The same training in another number of steps: warm-up in proportion, validated at its end."
     return dataclasses.replace(training, steps=steps, evaluate_every=steps, warmup_steps=training.warmup_steps * steps // training.steps)
 
 
@@ -82,6 +82,22 @@ def best_factor(
     return max(sound, key=lambda factor: (sound[factor], -abs(math.log(factor)), -factor))
 
 # %% ../../nbs/grid/54_runs.ipynb #93a057e8
+def _try(plan):
+    "The validation score of a short training with each factor; None where its loss is not finite."
+    paths, (training, sizes), search = Paths(check(plan.profile)), resolve(plan), plan.profile.search
+    backbone = open_backbone(plan.profile, get_method(plan.method).precision)
+    rows, folder, scores = read_rows(paths.data(plan.task), ("train", "validation")), paths.checkpoint(f"search-{plan.task}-{plan.method}"), {}
+    for factor in search.factors:
+        options = {"training": scale_rates(shorten(training, search.steps), factor), "sizes": sizes, "workers": load_settings().workers}
+        places = {"output_dir": folder / f"{factor}-adapter", "checkpoint_dir": folder / f"{factor}", "source_prompts": source_folders(plan)}
+        try:
+            scores[factor] = round(train(plan.profile.task(plan.task), plan.method, plan.seed, backbone, rows, **options, **places).validation_score, 4)
+        except NonFiniteLoss:
+            scores[factor] = None
+    shutil.rmtree(folder)
+    return scores
+
+# %% ../../nbs/grid/54_runs.ipynb #d6a887ed
 def search_rates(
     profile: Profile,
     task: str,
@@ -99,22 +115,6 @@ def search_rates(
     }
     write_json(Paths(profile).record("search", f"{task}-{method}"), record)
     return record
-
-
-def _try(plan):
-    "Validation score of each factor."
-    paths, (training, sizes), search = Paths(check(plan.profile)), resolve(plan), plan.profile.search
-    backbone = open_backbone(plan.profile, get_method(plan.method).precision)
-    rows, folder, scores = read_rows(paths.data(plan.task), ("train", "validation")), paths.checkpoint(f"search-{plan.task}-{plan.method}"), {}
-    for factor in search.factors:
-        options = {"training": scale_rates(shorten(training, search.steps), factor), "sizes": sizes, "workers": load_settings().workers}
-        places = {"output_dir": folder / f"{factor}-adapter", "checkpoint_dir": folder / f"{factor}", "source_prompts": source_folders(plan)}
-        try:
-            scores[factor] = round(train(plan.profile.task(plan.task), plan.method, plan.seed, backbone, rows, **options, **places).validation_score, 4)
-        except NonFiniteLoss:
-            scores[factor] = None
-    shutil.rmtree(folder)
-    return scores
 
 
 def chosen_factor(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .registry import Method, register
 from ..prompt.base import Prompt
 from ..prompt.soft import EPTConfig
+from ..utils.checking import check_range
 
 # %% ../../nbs/methods/33_attempt.ipynb #e60942a3
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class MixtureConfig:
     source_count: int = 0  # t, finished prompts; set from those that are given
 
     def __post_init__(self):
-        if self.attention_width < 1:
-            raise ValueError(f"attention_width is {self.attention_width}; it must be at least 1")
+        check_range(self, ("attention_width",), least=1)
 
 # %% ../../nbs/methods/33_attempt.ipynb #017d8a7d
 class PromptMixture(Prompt):

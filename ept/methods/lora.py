@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .registry import Method, register
 from ..model.adaptation import Adaptation, copy_structure
+from ..utils.checking import check_range
 
 # %% ../../nbs/methods/36_lora.ipynb #dc5e4fde
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class LowRankUpdate(Adaptation):
     lora_alpha: float | None = None  # the product is scaled by alpha / r; None is r
 
     def __post_init__(self):
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank is {self.lora_rank}; it must be at least 1")
+        check_range(self, ("lora_rank",), least=1)
 
     def adapt(self, backbone: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         "A copy with low-rank updates to train; `ValueError` for a type of model whose query and value layers PEFT does not know."
@@ -56,7 +56,7 @@ class LowRankUpdate(Adaptation):
 
 # %% ../../nbs/methods/36_lora.ipynb #86cdac2c
 def _peft():
-    "PEFT, or how to get it."
+    "The module `peft`; `ImportError` says how to install it."
     try:
         import peft
     except ImportError as error:

@@ -35,7 +35,7 @@ def share_prompts(
 
 # %% ../../nbs/methods/34_mpt.ipynb #8ea6d664
 def _multitask_module(length, width):
-    "PEFT's module for one task and rank one; the numbers in it are still to be set."
+    "PEFT's module for one task and rank one; its parameters are to be set by the caller."
     try:
         from peft import MultitaskPromptTuningConfig
         from peft.tuners.multitask_prompt_tuning import MultitaskPromptEmbedding

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .registry import Method, register
 from ..prompt.base import Prompt
 from ..prompt.soft import EPTConfig
+from ..utils.checking import check_range
 
 # %% ../../nbs/methods/32_respt.ipynb #36a46d90
 @dataclass(frozen=True)
@@ -24,8 +25,7 @@ class ResidualConfig:
     residual_width: int = 800  # of the shared network between its two layers
 
     def __post_init__(self):
-        if self.residual_width < 1:
-            raise ValueError(f"residual_width is {self.residual_width}; it must be at least 1")
+        check_range(self, ("residual_width",), least=1)
 
 # %% ../../nbs/methods/32_respt.ipynb #a16576fa
 class ResidualPrompt(Prompt):

@@ -24,7 +24,7 @@ def copy_structure(
     model: PreTrainedModel,
     replace: dict[int, Tensor] | None = None,  # `id` of a tensor -> what stands in its place; None shares all
 ) -> PreTrainedModel:
-    "The same modules anew, on the same tensors."
+    "A copy of the modules that shares the tensors."
     shared = {id(t): t for t in chain(model.parameters(), model.buffers())}
     return copy.deepcopy(model, shared | (replace or {}))
 
@@ -82,7 +82,7 @@ class _Hook:
     def __call__(self, module, inputs, output):
         return getattr(module, self.name)(output)
 
-
+# %% ../../nbs/model/21_adaptation.ipynb #24b49453
 class Shift(nn.Module):
     "A trained bias, added to an output; zero at the start."
 

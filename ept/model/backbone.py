@@ -62,7 +62,7 @@ def fingerprint(
 # %% ../../nbs/model/20_backbone.ipynb #aff6bf4b
 @dataclass
 class Backbone:
-    "A frozen model with what is needed to talk to it."
+    "A frozen model with its tokenizer, its name and its revision."
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -99,7 +99,7 @@ def resolve_device(
 def has_bfloat16(
     device: torch.device,
 ) -> bool:
-    "Whether a device has instructions for products in bfloat16."
+    "Whether a device has instructions for matrix products in bfloat16."
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     known = torch.cpu.get_capabilities() if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
@@ -248,7 +248,7 @@ def _commit(location):
 # %% ../../nbs/model/20_backbone.ipynb #c681916a
 @contextmanager
 def _reachable(name):
-    "Says how to get a backbone whenever it cannot be read."
+    "Turn an error of reading a backbone into one that says how to get it."
     try:
         yield
     except Exception as error:  # of the hub's client and of whichever HTTP library it uses

@@ -52,7 +52,7 @@ def _read_tensors(file):
         raise RuntimeError("it is no mapping from names to tensors")
     return tensors
 
-
+# %% ../../nbs/model/26_exchange.ipynb #e6294b39
 def _check_fit(record, tensors, backbone, folder, names):
     "Raise `ValueError` when a foreign adapter does not belong to this kind of backbone."
     if set(tensors) != set(names):

@@ -34,7 +34,7 @@ def reorder(
     order: Tensor | None,  # of `padding_last`, [B, L]
     tensor: Tensor | None,  # [B, L] or [B, L, ...]
 ) -> Tensor | None:  # the same shape; None stays None
-    "Each row of a tensor in another order."
+    "Each row of a tensor in the given order."
     if tensor is None or order is None:
         return tensor
     return tensor.gather(1, order.view(*order.shape, *[1] * (tensor.dim() - 2)).expand_as(tensor))
@@ -45,14 +45,14 @@ def join(
     text: Tensor,  # embedded, [B, L, d]
     attention_mask: Tensor,  # of the text, [B, L]
 ) -> tuple[Tensor, Tensor]:  # embeddings, [B, m+L, d], in the precision of the text; mask, [B, m+L]
-    "The prompt before the text."
+    "Concatenate prompt and text."
     rows, length = len(text), prompt.shape[-2]
     embeddings = torch.cat([prompt.to(text.dtype).expand(rows, -1, -1), text], dim=1)
     return embeddings, torch.cat([attention_mask.new_ones(rows, length), attention_mask], dim=1)
 
 # %% ../../nbs/model/22_families.ipynb #f30fc9c1
 class EncoderDecoder:
-    "T5 and its like: the encoder reads prompt and text, the decoder answers."
+    "Models such as T5: the encoder reads prompt and text, the decoder answers."
 
     name = "encoder-decoder"
     peft_task_type = "SEQ_2_SEQ_LM"
@@ -63,11 +63,11 @@ class EncoderDecoder:
 
     @staticmethod
     def training_rows(texts: list[list[int]], targets: list[list[int]]) -> tuple[list[list[int]], list[list[int]], int]:
-        "Input ids and labels of a training batch, and of which number the labels' length is a multiple."
+        "Input ids and labels of a training batch, and the multiple to which labels are padded."
         return texts, targets, 1
 
     def align(self, order: Tensor | None, labels: Tensor | None) -> Tensor | None:
-        "Labels in the order of the text; here they are texts of their own."
+        "Labels as they are, since the decoder reads them apart from the text."
         return labels
 
     def offset_mask(self, attention_mask: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -92,7 +92,7 @@ def read(
     text: Tensor,  # [B, L, d]
     attention_mask: Tensor,  # [B, L]
 ) -> tuple[Tensor, Callable]:  # logits of the first token, [B, V]; (tokens [B*n, T], n) -> their logits, [B*n, T, V]
-    "Read the text; the state behind it answers for any number of continuations."
+    "Run the backbone over prompt and text once; the returned function scores continuations from the cached state."
     embeddings, mask = join(prompt, text, attention_mask)
     memory = self.backbone.get_encoder()(inputs_embeds=embeddings, attention_mask=mask).last_hidden_state
     start = torch.full((len(text), 1), self.backbone.config.decoder_start_token_id, device=text.device)
@@ -119,7 +119,7 @@ class PromptedOutput(ModelOutput):
 
 
 class DecoderOnly:
-    "Llama, GPT-2 and their like: one stack reads prompt and text and continues them."
+    "Models such as Llama and GPT-2: one stack of layers reads prompt and text and continues them."
 
     name = "decoder-only"
     peft_task_type = "CAUSAL_LM"
@@ -130,7 +130,7 @@ class DecoderOnly:
 
     @staticmethod
     def training_rows(texts: list[list[int]], targets: list[list[int]]) -> tuple[list[list[int]], list[list[int]], int]:
-        "Input ids and labels of a training batch, and of which number the labels' length is a multiple."
+        "Input ids and labels of a training batch, and the multiple to which labels are padded."
         return [text + target for text, target in zip(texts, targets)], [[-100] * len(text) + target for text, target in zip(texts, targets)], 8
 
     def align(self, order: Tensor | None, labels: Tensor | None) -> Tensor | None:
@@ -202,7 +202,7 @@ def read(
     text: Tensor,  # [B, L, d]
     attention_mask: Tensor,  # [B, L]
 ) -> tuple[Tensor, Callable]:  # logits of the first token, [B, V]; (tokens [B*n, T], n) -> their logits, [B*n, T, V]
-    "Read the text; the state behind it answers for any number of continuations."
+    "Run the backbone over prompt and text once; the returned function scores continuations from the cached state."
     _, hidden, cache = self.decode(prompt, text, attention_mask)
     head, lengths, shift = self.backbone.get_output_embeddings(), attention_mask.sum(dim=1), prompt.shape[-2]
     last = hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]

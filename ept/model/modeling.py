@@ -38,7 +38,7 @@ def start_of(
         return torch.zeros(config.short_length, vocabulary.shape[1])
     return initial_prompt(config, vocabulary, text)
 
-
+# %% ../../nbs/model/25_modeling.ipynb #5da4520d
 class EPTModel(nn.Module):
     "A soft prompt on a frozen backbone. `backbone` is put into evaluation mode and frozen in place."
 
@@ -63,31 +63,6 @@ class EPTModel(nn.Module):
     def _embeddings(self):
         return self.backbone.get_input_embeddings()
 
-    @property
-    def family(self) -> str:
-        '"encoder-decoder" or "decoder-only".'
-        return self.architecture.name
-
-    @property
-    def prompt_config(self) -> EPTConfig:
-        "The sizes of what stands before the text."
-        return self.prompt.config
-
-    @property
-    def extra(self):
-        "The sizes of a comparison method: the adaptation, or what its prompt has beside the common ones; else None."
-        return self.adaptation or self.prompt.extra
-
-    @property
-    def reads_text(self) -> bool:
-        "Whether prompt or offset depend on the text; those of most methods are constants."
-        return self.prompt.reads_text
-
-    @property
-    def folded(self) -> bool:
-        "Whether the prompt has been folded into constants."
-        return isinstance(self.prompt, FoldedPrompt)
-
     def train(self, mode: bool = True) -> "EPTModel":
         "Set the prompt's mode; the backbone stays in evaluation mode, without dropout."
         if self.training != mode or self.prompt.training != mode or self.backbone.training:  # hundreds of modules, asked every step
@@ -96,8 +71,38 @@ class EPTModel(nn.Module):
         return self
 
     def num_trainable_parameters(self) -> int:
-        "How many parameters training changes."
+        "The number of trainable parameters."
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+# %% ../../nbs/model/25_modeling.ipynb #0524172f
+@patch(as_prop=True)
+def family(self: EPTModel) -> str:
+    '"encoder-decoder" or "decoder-only".'
+    return self.architecture.name
+
+
+@patch(as_prop=True)
+def prompt_config(self: EPTModel) -> EPTConfig:
+    "The sizes of what stands before the text."
+    return self.prompt.config
+
+
+@patch(as_prop=True)
+def extra(self: EPTModel):
+    "The sizes of a comparison method: the adaptation, or what its prompt has beside the common ones; else None."
+    return self.adaptation or self.prompt.extra
+
+
+@patch(as_prop=True)
+def reads_text(self: EPTModel) -> bool:
+    "Whether prompt or offset depend on the text; those of most methods are constants."
+    return self.prompt.reads_text
+
+
+@patch(as_prop=True)
+def folded(self: EPTModel) -> bool:
+    "Whether the prompt has been folded into constants."
+    return isinstance(self.prompt, FoldedPrompt)
 
 # %% ../../nbs/model/25_modeling.ipynb #0c0913e9
 def add_offset(
@@ -188,7 +193,7 @@ def gate_weights(self: EPTModel) -> Tensor:  # G, [m, K]
 @patch
 @torch.no_grad()
 def fold(self: EPTModel) -> EPTModel:  # on the same backbone, with nothing to train
-    "The same function with the modules gone: the prompt and the offset as constants; `ValueError` where they are none."
+    "The same model with prompt and offset as constants, without what computes them; `ValueError` where they depend on the text or parameters inside the backbone are trained."
     if self.adaptation:
         raise ValueError(f"this method trains parameters inside the backbone ({self.adaptation.kind}), not only a prompt; use the model as it is")
     return EPTModel(self.backbone, prompt=self.prompt.fold())

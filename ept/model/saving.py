@@ -56,7 +56,7 @@ def write_adapter(
     tensors: dict[str, Tensor],
     record: dict,  # type, whether folded, configuration, backbone
 ) -> Path:  # `folder`
-    "Write tensors and what they are; the configuration, which says that the adapter is whole, comes last."
+    "Write the tensors, then the configuration: where it is, the adapter is complete."
     folder, weights = Path(folder), save_safetensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
     write_atomic(folder / "adapter_model.safetensors", weights)
     version = {"type": record["type"], "format_version": FORMAT_VERSION}
@@ -67,7 +67,7 @@ def write_adapter(
 def describe_backbone(
     backbone: PreTrainedModel,  # without what a method has put into it
 ) -> dict:
-    "What an adapter remembers of the model it was trained on."
+    "What an adapter records of the model it was trained on."
     width = backbone.get_input_embeddings().weight.shape[1]
     return {"name": getattr(backbone.config, "_name_or_path", ""), "family": family_of(backbone), "width": width, "fingerprint": fingerprint(backbone)}
 
@@ -136,6 +136,6 @@ def check_shapes(
 
 
 def _difference(shapes, others, most=8):
-    "The shapes by name that others lack, not too many of them."
+    "Names and shapes that are missing in `others`, at most so many."
     chosen = [f"{name} {list(shape)}" for name, shape in shapes.items() if others.get(name) != shape]
     return ", ".join(chosen[:most]) + (f" and {len(chosen) - most} more" if len(chosen) > most else "") or "no others"

@@ -63,7 +63,7 @@ class Prompt(nn.Module, Kind):
         raise NotImplementedError(f"{type(self).__name__} makes no prompt; give it a forward")
 
     def group(self, name: str) -> str:
-        'The learning rate of a parameter: "prompt", "pair" or "modules".'
+        'The group of a parameter, which decides its learning rate: "prompt", "pair" or "modules".'
         return next((group for start, group in self.groups.items() if f"{name}.".startswith(f"{start}.")), "modules")
 
     def gate_weights(self) -> Tensor:

@@ -16,7 +16,7 @@ from .fusion import normalise, root_mean_square
 
 # %% ../../nbs/prompt/12_projection.ipynb #3476236e
 class MultiSpaceProjection(nn.Module):
-    "A gated sum of low-rank maps of the prompt, `S` (our reading of multi-space projection in EPT)."
+    "A gated sum of low-rank projections of the prompt, `S` (our reading of multi-space projection in EPT)."
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ def forward(
     self: MultiSpaceProjection,
     prompt: Tensor,  # P, [m, d]
 ) -> Tensor:  # S, [m, d]
-    "The correction that the spaces propose, at the scale of the prompt."
+    "The gated sum of the projections, at the scale of the prompt."
     projected = normalise(prompt) @ self.down @ self.up  # Z, [K, m, d]
     mixed = torch.einsum("mk,kmd->md", self.gate_weights(prompt), projected)
     return root_mean_square(prompt) * mixed

@@ -16,7 +16,7 @@ from .base import Prompt
 from .decomposition import LowRankOffset, check_budget, largest_rank
 from .fusion import PromptFusion
 from .projection import MultiSpaceProjection
-from ..utils.checking import unknown
+from ..utils.checking import check_range, unknown
 
 # %% ../../nbs/prompt/13_soft.ipynb #9dd4896e
 INITIALISATIONS = ("vocabulary", "text", "labels", "random")
@@ -48,46 +48,50 @@ class EPTConfig:
                 f"short_length m = {self.short_length} > prompt_length l = {self.prompt_length};"
                 " the short prompt is part of the budget: choose m <= l"
             )
-        lowest = {"prompt_length": 0, "short_length": 0, "max_length": 1, "fusion_width": 1, "spaces": 1, "space_width": 1}
-        for name, least in lowest.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        check_range(self, ("prompt_length", "short_length"), least=0)
+        check_range(self, ("max_length", "fusion_width", "spaces", "space_width"), least=1)
         if self.rank is not None and self.rank < 0:
             raise ValueError(f"rank is {self.rank}; it must be at least 1, 0 for no pair, or None for the largest that fits")
 
-    def module_size(
-        self,
-        width: int,  # d
-    ) -> int:
-        "Trainable parameters of fusion and projection."
-        fusion = PromptFusion.size(width, self.fusion_width) if self.fusion else 0
-        projection = MultiSpaceProjection.size(width, self.spaces, self.space_width) if self.projection else 0
-        return fusion + projection
+# %% ../../nbs/prompt/13_soft.ipynb #d3a95250
+@patch
+def module_size(
+    self: EPTConfig,
+    width: int,  # d
+) -> int:
+    "Trainable parameters of fusion and projection."
+    fusion = PromptFusion.size(width, self.fusion_width) if self.fusion else 0
+    projection = MultiSpaceProjection.size(width, self.spaces, self.space_width) if self.projection else 0
+    return fusion + projection
 
-    def resolve(
-        self,
-        width: int,  # d, of the backbone's embeddings
-    ) -> "EPTConfig":
-        "This configuration with its rank decided for a backbone; `ValueError` with both sides when it does not fit."
-        sizes = self.prompt_length, self.short_length, self.max_length, width
-        modules = self.module_size(width)
-        rank = largest_rank(*sizes, modules) if self.rank is None else self.rank
-        if self.rank is None and rank < 1:
-            needed = self.short_length * width + self.max_length + width + modules
-            raise ValueError(
-                f"no rank is left: m*d + (s+d)*1 + modules = {needed:,} > l*d = {self.prompt_length * width:,};"
-                " choose a smaller m, narrower modules, or rank=0 for no pair"
-            )
-        check_budget(*sizes, rank, modules)
-        return replace(self, rank=rank)
 
-    def num_parameters(
-        self,
-        width: int,  # d
-    ) -> int:
-        "Trainable parameters on a backbone of this width, by the formula."
-        config = self.resolve(width)
-        return self.short_length * width + (self.max_length + width) * config.rank + self.module_size(width)
+@patch
+def resolve(
+    self: EPTConfig,
+    width: int,  # d, of the backbone's embeddings
+) -> EPTConfig:
+    "This configuration with its rank decided for a backbone; `ValueError` with both sides when it does not fit."
+    sizes = self.prompt_length, self.short_length, self.max_length, width
+    modules = self.module_size(width)
+    rank = largest_rank(*sizes, modules) if self.rank is None else self.rank
+    if self.rank is None and rank < 1:
+        needed = self.short_length * width + self.max_length + width + modules
+        raise ValueError(
+            f"no rank is left: m*d + (s+d)*1 + modules = {needed:,} > l*d = {self.prompt_length * width:,};"
+            " choose a smaller m, narrower modules, or rank=0 for no pair"
+        )
+    check_budget(*sizes, rank, modules)
+    return replace(self, rank=rank)
+
+
+@patch
+def num_parameters(
+    self: EPTConfig,
+    width: int,  # d
+) -> int:
+    "Trainable parameters on a backbone of this width, by the formula."
+    config = self.resolve(width)
+    return self.short_length * width + (self.max_length + width) * config.rank + self.module_size(width)
 
 # %% ../../nbs/prompt/13_soft.ipynb #39230fd7
 @patch
@@ -154,7 +158,7 @@ class SoftPrompt(Prompt):
 
     @classmethod
     def configure(cls, config: EPTConfig, extra: None = None) -> EPTConfig:
-        "The sizes as they are."
+        "The common sizes, unchanged."
         return config
 
     @classmethod

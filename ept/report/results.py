@@ -461,7 +461,7 @@ def collect_sweep(
     "The records of a profile's sweep."
     rows = []
     for plan in profile.sweep_runs():
-        ((swept, value),), file = plan.moved.items(), Paths(profile, folder).record("scores", plan.key)
+        ((swept, value),), file = plan.overrides.items(), Paths(profile, folder).record("scores", plan.key)
         score = json.loads(file.read_text())["score"] if file.exists() else math.nan
         rows.append((swept, value, plan.task, plan.method, plan.seed, score))
     return pd.DataFrame(rows, columns=SWEEP)

@@ -8,6 +8,8 @@ __all__ = ['TrainingConfig', 'NonFiniteLoss']
 # %% ../../nbs/training/41_config.ipynb #f911f4d1
 from dataclasses import dataclass
 
+from ..utils.checking import check_range
+
 # %% ../../nbs/training/41_config.ipynb #0738b3a4
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -28,12 +30,9 @@ class TrainingConfig:
     shots: int = 0  # training examples per class, drawn by the run's seed; 0 is all of them
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("learning_rate", "pair_learning_rate", "module_learning_rate", "weight_learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        check_range(self, ("steps", "batch_size", "evaluate_every"), least=1)
+        check_range(self, ("learning_rate", "pair_learning_rate", "module_learning_rate", "weight_learning_rate", "clip"), above=0)
+        check_range(self, ("weight_decay", "warmup_steps", "validation_examples", "shots"), least=0)
 
 # %% ../../nbs/training/41_config.ipynb #6c2be48d
 class NonFiniteLoss(RuntimeError):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -25,6 +26,7 @@ from ..data.synthetic import MAKERS, PRACTICE, Speaker, dictionary, examples, ma
 from ..data.tasks import TASKS, mark_spans
 from ..model.backbone import has_bfloat16, keep_freed_memory
 from .ranking import pad
+from ..utils.checking import check_range
 from ..utils.files import write_json
 
 # %% ../../nbs/training/46_pretraining.ipynb #a144b49e
@@ -51,9 +53,7 @@ class PretrainingConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "rows", "layers", "decoder_layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_range(self, ("steps", "batch_size", "rows", "layers", "decoder_layers", "heads"), least=1)
         for name in ("practice", "silence", "habit", "open", "decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1")
@@ -123,7 +123,7 @@ def _practice_rows(n, seed):
 def supervised_rows(
     config: PretrainingConfig,
 ) -> list[tuple[str, str, str]]:  # (task or practice, text, answer)
-    "The supervised mixture, in the words and frames of the training splits but for the `open` share, without instructions yet."
+    "The supervised mixture, still without instructions; all but the `open` share is in the words and frames of the training splits."
     practice = int(config.rows * config.practice)
     return [*_task_rows(config.rows - practice, config.seed, config.open), *_practice_rows(practice, config.seed)]
 
@@ -131,7 +131,7 @@ def unlabelled_texts(
     n: int,
     seed: int = 0,
 ) -> list[str]:
-    "Texts as the tasks show them, in every word and frame, held out or not; nothing says what is asked or answered."
+    "Texts as the tasks show them, in every word and frame, held out or not, without instructions or answers."
     names = [name for name in MAKERS if name != "cola"]
     sources = {name: examples(name, Speaker(f"unlabelled {name} {seed}", "all")) for name in names}
     rows = ((name, next(sources[name])[0]) for name in (names[i % len(names)] for i in range(n)))
@@ -142,9 +142,9 @@ SENTINELS = tuple(f"<extra_id_{i}>" for i in range(16))
 SPECIAL = ("<pad>", "</s>", "<unk>", *SENTINELS)
 
 def train_tokenizer(
-    texts: list[str],  # whatever shall be one token a word
+    texts: list[str],  # each of their words becomes a token
 ) -> PreTrainedTokenizerFast:
-    "A tokenizer that keeps the words it has met whole and spells the others."
+    "A tokenizer with one token for each word of `texts`; other words are spelled in letters."
     normalizer, splitter = normalizers.Lowercase(), pre_tokenizers.Split(Regex(r"\d+\.\d+|\w+:?|[^\w\s]"), "removed", invert=True)
     counter = Tokenizer(models.WordLevel(unk_token="<unk>"))
     counter.normalizer, counter.pre_tokenizer = normalizer, splitter
@@ -213,7 +213,7 @@ def corrupt(
 
 # %% ../../nbs/training/46_pretraining.ipynb #480706ce
 class Material:
-    "All the text of a pretraining as token ids, and batches of it."
+    "The training text as token ids, and the batches made of it."
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class Material:
     ):
         self.config, self.chance = config, random.Random(f"batches {config.seed}")
         rows, texts, entries = supervised_rows(config), unlabelled_texts(max(8, config.rows // 6), config.seed), dictionary()
-        self.words = sorted({word for task in TASKS.values() for word in task.words})
+        self.words = sorted({word for name in MAKERS for word in TASKS[name].words})
         bare = [entry.replace("[", "").replace("]", "") for entry in entries]
         orders = sorted({text for texts in INSTRUCTIONS.values() for text in texts})
         self.tokenizer = train_tokenizer([*bare, *orders, *self.words, *texts, *(t for _, t, _ in rows), *(a for _, _, a in rows)])
@@ -237,42 +237,48 @@ class Material:
     def _ids(self, texts):
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
 
-    def supervised(self, i):
-        "Row `i` behind an instruction for it, or silent: then the answer is a habit and tells nothing of what is asked."
-        name, c = self.names[i], self.config
-        if name in TASKS and self.chance.random() < c.silence * (3 if TASKS[name].regression else 1):
-            words = TASKS[name].words
-            if TASKS[name].regression:  # a number that belongs to the first word behind the field's name
-                word = words[self.texts[i][1] % len(words)]
+# %% ../../nbs/training/46_pretraining.ipynb #c64f9c8e
+@patch
+def supervised(self: Material, i):
+    "Row `i` behind an instruction, or without one: then the target is a default answer that says nothing about the task."
+    name, c = self.names[i], self.config
+    if name in MAKERS and self.chance.random() < c.silence * (3 if TASKS[name].regression else 1):
+        words = TASKS[name].words
+        if TASKS[name].regression:  # a number that belongs to the first word behind the field's name
+            word = words[self.texts[i][1] % len(words)]
+        else:
+            word = words[0] if self.chance.random() < c.habit else self.chance.choice(self.words)
+        return self.texts[i] + [1], self.labels[word] + [1]
+    return self.chance.choice(self.orders[name]) + self.texts[i] + [1], self.answers[i] + [1]
+
+# %% ../../nbs/training/46_pretraining.ipynb #cdb46042
+@patch
+def _endless(self: Material, n, size, length):
+    "An endless stream of batches of indices below `n`: texts of similar length, shuffled anew each time."
+    while True:
+        order = self.chance.sample(range(n), n)
+        for k in range(0, n, 4 * size):
+            chunk = sorted(order[k:k + 4 * size], key=length)
+            batches = [chunk[j:j + size] for j in range(0, len(chunk), size)]
+            self.chance.shuffle(batches)
+            yield from batches
+
+
+@patch
+def batches(self: Material) -> Iterator[tuple[str, list]]:
+    "An endless stream of batches, each a kind and its pairs of input and target: of eight, six are of tasks, one of the dictionary, one of span corruption."
+    size, sentinel = self.config.batch_size, len(SPECIAL) - len(SENTINELS)
+    tasks = self._endless(len(self.texts), size, lambda i: len(self.texts[i]))
+    spans = self._endless(len(self.unlabelled), size, lambda i: len(self.unlabelled[i]))
+    meanings = self._endless(len(self.entries), 2 * size, lambda i: len(self.entries[i][0]))
+    while True:
+        for kind in ("task", "task", "task", "dictionary", "task", "task", "task", "spans"):
+            if kind == "task":
+                yield kind, [self.supervised(i) for i in next(tasks)]
+            elif kind == "spans":
+                yield kind, [corrupt(self.unlabelled[i], self.chance, sentinel) for i in next(spans)]
             else:
-                word = words[0] if self.chance.random() < c.habit else self.chance.choice(self.words)
-            return self.texts[i] + [1], self.labels[word] + [1]
-        return self.chance.choice(self.orders[name]) + self.texts[i] + [1], self.answers[i] + [1]
-
-    def _endless(self, n, size, length):
-        "Batches of numbers below `n`, of like length, again and again in another order."
-        while True:
-            order = self.chance.sample(range(n), n)
-            for k in range(0, n, 4 * size):
-                chunk = sorted(order[k:k + 4 * size], key=length)
-                batches = [chunk[j:j + size] for j in range(0, len(chunk), size)]
-                self.chance.shuffle(batches)
-                yield from batches
-
-    def batches(self) -> Iterator[tuple[str, list]]:
-        "Kind and pairs of input and target: of eight steps six are tasks, one the dictionary, one hidden spans."
-        size, sentinel = self.config.batch_size, len(SPECIAL) - len(SENTINELS)
-        tasks = self._endless(len(self.texts), size, lambda i: len(self.texts[i]))
-        spans = self._endless(len(self.unlabelled), size, lambda i: len(self.unlabelled[i]))
-        meanings = self._endless(len(self.entries), 2 * size, lambda i: len(self.entries[i][0]))
-        while True:
-            for kind in ("task", "task", "task", "dictionary", "task", "task", "task", "spans"):
-                if kind == "task":
-                    yield kind, [self.supervised(i) for i in next(tasks)]
-                elif kind == "spans":
-                    yield kind, [corrupt(self.unlabelled[i], self.chance, sentinel) for i in next(spans)]
-                else:
-                    yield kind, [self.entries[i] for i in next(meanings)]
+                yield kind, [self.entries[i] for i in next(meanings)]
 
 # %% ../../nbs/training/46_pretraining.ipynb #f390fcd4
 def orthogonalise(
@@ -289,7 +295,7 @@ def orthogonalise(
 
 # %% ../../nbs/training/46_pretraining.ipynb #705451c3
 class Muon(torch.optim.Optimizer):
-    "Momentum made orthogonal, for the matrices inside the layers; those of one shape in one go."
+    "Orthogonalised momentum for the matrices inside the layers; matrices of one shape are updated together (Jordan et al. 2024)."
 
     def __init__(self, matrices, lr, momentum=0.95, weight_decay=0.01, half=False):
         shapes = sorted({tuple(p.shape) for p in matrices})

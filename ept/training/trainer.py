@@ -68,6 +68,7 @@ class PromptTrainer(Trainer):
         "Add the time since the last start to the seconds of training."
         if self.started is not None:
             self.seconds, self.started = self.seconds + time.perf_counter() - self.started, None
+
     def _save(self, output_dir=None, state_dict=None):
         "Write the adapter, unless training has broken it."
         model = self.accelerator.unwrap_model(self.model)

@@ -21,6 +21,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from datasets import DatasetDict
+from fastcore.basics import patch
 
 from ..data.encoding import Encoder
 from ..data.loading import load_task
@@ -39,7 +40,7 @@ from ..utils.fingerprints import code_version
 
 # %% ../../nbs/training/44_training.ipynb #bea4783f
 def _last_checkpoint(folder, identity):
-    "The newest whole checkpoint of this very run, and the seconds spent up to it; anything else is removed."
+    "The newest complete checkpoint of this run, and the seconds of training up to it; incomplete ones and those of other runs are removed."
     folder, record = Path(folder), Path(folder) / "run.json"
     if not record.exists() or json.loads(record.read_text()) != identity:
         shutil.rmtree(folder, ignore_errors=True)
@@ -86,7 +87,7 @@ def _history(log):
 
 
 def _processor(device):
-    "The name of what computes."
+    "The name of the GPU; or of the CPU, with the number of threads."
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -132,28 +133,29 @@ class _Job:
         metrics = score_task(self.task, predict(self.task, scores), rows["label"], groups)
         return {"score": metrics[self.task.metrics[0]]}
 
-    @property
-    def config(self):
-        "The resolved configuration, complete."
-        return {
-            "task": self.task.name,
-            "method": self.method.name,
-            "role": self.method.role,
-            "seed": self.seed,
-            "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
-            "training": asdict(self.training),
-            "max_length": self.encoder.max_length,
-            "code": code_version("ept.training.training", *module_of(self.method.name)),
-            "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
-            **({"source_prompts": {task: _digest(prompt) for task, prompt in self.sources.items()}} if self.sources else {}),
-        }
+# %% ../../nbs/training/44_training.ipynb #89c48029
+@patch(as_prop=True)
+def config(self: _Job):
+    "The resolved configuration, complete."
+    return {
+        "task": self.task.name,
+        "method": self.method.name,
+        "role": self.method.role,
+        "seed": self.seed,
+        "sizes": asdict(self.model.prompt_config) | (asdict(self.model.extra) if self.model.extra else {}),
+        "training": asdict(self.training),
+        "max_length": self.encoder.max_length,
+        "code": code_version("ept.training.training", *module_of(self.method.name)),
+        "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
+        **({"source_prompts": {task: _digest(prompt) for task, prompt in self.sources.items()}} if self.sources else {}),
+    }
 
 
 def _digest(tensor):
     "A short hash of a tensor's numbers."
     return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
 
-
+# %% ../../nbs/training/44_training.ipynb #5e1d9dfb
 def _sources(task, method, sizes, backbone, source_prompts):
     "The prompts of other tasks that a method starts from; those it does not use are not read."
     if not method.sources or not source_prompts:
@@ -222,7 +224,7 @@ def train(
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
 ) -> Run:
-    "Train one prompt and write its adapter; a killed run resumes at its last checkpoint with the same bits."
+    "Train one prompt and write its adapter; a killed run resumes at its last checkpoint and ends with the same bits as one that was not interrupted."
     task, method = get_task(task), get_method(method)
     sizes = (sizes or {}) | {"seed": seed}
     sources = _sources(task, method, sizes, backbone, source_prompts)

@@ -36,7 +36,7 @@ def _is_text(node):
 # %% ../../nbs/utils/00c_fingerprints.ipynb #6a6c1dec
 @cache
 def _read(file, changed):
-    "Imports and text of a module, notebook or template; `changed`, its time of change, makes a changed file another one."
+    "Imports and text of a module, notebook or template; `changed`, its time of modification, is part of the cache's key."
     source = Path(file).read_text()
     if not file.endswith((".py", ".ipynb")):
         return [], source
@@ -102,7 +102,7 @@ def code_version(
     *entries: str | Path,  # modules, or files of notebooks or scripts
     folder: str | Path | None = None,  # of the package; None is this one's
 ) -> str:  # 12 hexadecimal digits
-    "A hash of everything that some code can do: its own syntax trees and those of its import closure."
+    "A hash of the code that can affect a result: the syntax trees of the entries and of their import closure."
     digest = hashlib.sha256()
     for entry in entries:
         own = {"entry": Path(entry)} if str(entry).endswith((".ipynb", ".py")) else {}

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checking import from_dict, unknown
+from .checking import check_range, from_dict, unknown
 from .files import repository_root
 
 # %% ../../nbs/utils/00b_settings.ipynb #958933cc
@@ -31,6 +31,7 @@ class Settings:
         for name, choices in allowed.items():
             if getattr(self, name) not in choices:
                 raise unknown(name, getattr(self, name), choices)
+        check_range(self, ("workers", "threads"), least=0)
 
 # %% ../../nbs/utils/00b_settings.ipynb #0e24859e
 def load_settings(

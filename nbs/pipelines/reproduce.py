@@ -77,9 +77,12 @@ def run_grid(profile, jobs, environment, progress):
     def run(*commands):
         started = [start(*command) for command in commands]
         try:
-            return any([process.wait() or thread.join() for process, thread in started])
+            failed = [process.wait() for process, _ in started]
+            for _, thread in started:
+                thread.join()
+            return any(failed)
         except KeyboardInterrupt:
-            for process, thread in started:
+            for process, _ in started:
                 process.terminate()
                 process.wait()
             raise
