@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'COSTS', 'FIELDS', 'SWEEP', 'SIZES', 'read_costs', 'publish_costs', 'collect', 'collect_sweep',
-           'resample_runs', 'summarise', 'of_origin', 'label', 'counted', 'ScoreTable', 'made_up', 'sweep_points',
-           'sweep_mean']
+           'resample_runs', 'summarise', 'of_origin', 'origins', 'label', 'counted', 'ScoreTable', 'made_up',
+           'sweep_points', 'sweep_mean']
 
 # %% ../../nbs/report/61_results.ipynb #f803f826
 import json
@@ -215,6 +215,13 @@ def of_origin(
 ) -> list[str]:  # in the grid's order
     "The tasks of a profile whose rows are of these origins."
     return [task for task in profile.grid.tasks if profile.origin(task) in origins]
+
+
+def origins(
+    profile: Profile,
+) -> str:
+    "Where the rows of a profile come from, in words: \"benchmark\", or \"benchmark and own\"."
+    return " and ".join(dict.fromkeys(map(profile.origin, profile.grid.tasks)))
 
 
 def label(

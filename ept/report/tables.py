@@ -18,7 +18,7 @@ import markupsafe
 import pandas as pd
 from fastcore.basics import patch
 
-from .results import ScoreTable, counted, label, of_origin
+from .results import ScoreTable, counted, label, of_origin, origins
 from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/report/62_tables.ipynb #71463378
@@ -149,9 +149,8 @@ def conditions(
     revision = f" ({origin['revision']})" if origin.get("revision") else ""
     rows = ", ".join(f"{n} {split}" for split, n in p.data.subsample.items())
     seeds = f"seed{'s' if len(p.grid.seeds) > 1 else ''} {', '.join(map(str, p.grid.seeds))}"
-    origins = " and ".join(dict.fromkeys(map(p.origin, p.grid.tasks)))
     limits = f", at most {rows} examples" if rows else ""
-    return f"Profile {label(p)}. Backbone {p.backbone.name}{revision}, {origins} data{limits}; {there.sum()} of {len(there)} runs, {seeds}."
+    return f"Profile {label(p)}. Backbone {p.backbone.name}{revision}, {origins(p)} data{limits}; {there.sum()} of {len(there)} runs, {seeds}."
 
 
 def ungrouped(
