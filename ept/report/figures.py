@@ -170,7 +170,7 @@ def label_points(
         taken.append(placed[name])
     return placed
 
-
+# %% ../../nbs/report/63_figures.ipynb #7ccf5038
 def _name(axes, name, point, color):
     "A name on a white ground, with a thin line to its point."
     line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
@@ -180,7 +180,7 @@ def _name(axes, name, point, color):
     text.set_in_layout(False)
     return text
 
-# %% ../../nbs/report/63_figures.ipynb #7ccf5038
+
 def _apart(spot, box):
     "Distance of a point from a box, in pixels."
     (x, y), (low, high) = spot, (box.min, box.max)

@@ -233,7 +233,7 @@ def label(
         return f"{profile.profile}: proves the machinery, says nothing about English"
     return profile.profile + (f": the rows of {', '.join(invented)} are made up and say nothing about English" if invented else "")
 
-
+# %% ../../nbs/report/61_results.ipynb #918ad22d
 def counted(
     number: int,
     noun: str,  # in the singular
