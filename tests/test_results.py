@@ -923,7 +923,8 @@ def test_records_of_the_present_code_need_no_word(two):
     )
     assert "torch 2.13.0" in render(read(*two), {}).split('id="provenance"')[1]
     lora, ept = present_code("lora"), present_code("ept")
-    assert said["Code"] == f"training `{lora['train']}` (lora); `{ept['train']}` (ept); evaluation `{ept['evaluate']}` (frozen, ept); `{lora['evaluate']}` (lora)"
+    evaluated = f"evaluation `{ept['evaluate']}` (frozen, ept: 2 runs); `{lora['evaluate']}` (lora: 1 run)"
+    assert said["Code"] == f"training `{lora['train']}` (lora: 1 run); `{ept['train']}` (ept: 1 run); {evaluated}"
     assert said["Hardware"] == "a processor (cpu, float32)"
 
 

@@ -49,12 +49,14 @@ STAGES = {"train": "training", "evaluate": "evaluation", "": "all stages"}  # of
 
 
 def _versions(there, stage):
-    "The fingerprints of a stage, each with its methods where there are several."
+    "The fingerprints of a stage, where there are several each with its methods and its number of runs."
     found = {}
     for record in there:
         if version := _code(record).get(stage):
-            found.setdefault(version, {})[record["method"]] = True
-    return "; ".join(f"`{version}` ({', '.join(methods)})" if len(found) > 1 else f"`{version}`" for version, methods in found.items())
+            found.setdefault(version, []).append(record["method"])
+    if len(found) == 1:
+        return f"`{next(iter(found))}`"
+    return "; ".join(f"`{version}` ({', '.join(dict.fromkeys(methods))}: {counted(len(methods), 'run')})" for version, methods in found.items())
 
 
 def provenance(
@@ -113,10 +115,13 @@ def _other(table, there):
 
 # %% ../../nbs/report/61a_provenance.ipynb #1902611e
 def _mixed(table, there):
-    "A sentence on records that differ in code, backbone or packages; two methods have different code by nature, so code is compared within each."
-    methods = {r["method"] for r in there}
+    "A sentence on records that differ in code, backbone or packages."
+    versions = {}  # stages have fingerprints with the method's own module, and are compared within a method; those of format 1 are compared over all
+    for record in there:
+        for stage, version in _code(record).items():
+            versions.setdefault((stage, record["method"] if stage else ""), set()).add(version)
     counts = {
-        "versions of the code": max((len({_code(r)[stage] for r in there if r["method"] == m and stage in _code(r)}) for m in methods for stage in STAGES), default=0),
+        "versions of the code": max(map(len, versions.values()), default=0),
         "backbones": len({_backbone(r) for r in there if (r.get("backbone") or {}).get("name")}),
         "sets of packages": len({_packages(r) for r in there}),
     }
