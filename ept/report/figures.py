@@ -21,6 +21,7 @@ import matplotlib.text
 import matplotlib.ticker
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
@@ -36,8 +37,9 @@ LOOKS = {
     "dept": (ORANGE, "p", "-"), "ept": (RED, "s", "--"), "ept-no-fusion": (RED, "^", ":"), "ept-no-projection": (RED, "v", "-."), "ept-one-space": (RED, "D", (0, (5, 1))),
 }
 STYLE = {
-    "svg.hashsalt": "ept", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"], "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.edgecolor": "#888888", "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
+    "svg.hashsalt": "ept", "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "Helvetica"],
+    "font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
+    "axes.grid": True, "grid.color": "#e9e9e9", "grid.linewidth": 0.7, "axes.axisbelow": True, "legend.frameon": False,
     "figure.constrained_layout.use": True, "lines.linewidth": 1.5, "lines.markersize": 5, "xtick.color": "#555555", "ytick.color": "#333333",
 }
 
@@ -46,7 +48,7 @@ def look(
     methods: list[str],  # of a grid
     proposed: str | None = None,  # the proposed method, which is red under any name
 ) -> dict[str, dict]:  # method -> colour, marker, line style
-    "How each method is drawn: the same in every report; relatives share a colour, `frozen` is grey, for nothing is trained."
+    "How each method is drawn, in every report alike: related methods share a colour, and `frozen`, which trains nothing, is grey."
     others = iter([(c, k, "-.") for k in "*8H1234+x|_" for c in (BLACK, GREEN, ORANGE)])
     known = LOOKS if proposed is None or "ept" in methods else LOOKS | {proposed: LOOKS["ept"]}
     chosen = {m: known.get(m) or next(others) for m in methods}
@@ -55,7 +57,7 @@ def look(
 
 @contextmanager
 def drawing(**more):  # further settings of matplotlib
-    "Draw in `STYLE` on matplotlib's own defaults: what a user's `matplotlibrc` says makes no difference."
+    "Draw in `STYLE` over matplotlib's defaults, whatever a user's `matplotlibrc` says."
     with mpl.rc_context():
         mpl.style.use("default")
         mpl.rcParams.update(STYLE | more)
@@ -65,7 +67,7 @@ def drawing(**more):  # further settings of matplotlib
 def to_svg(
     figure: Figure,
 ) -> str:  # an <svg> element
-    "A figure as SVG, the same bytes each time."
+    "A figure as SVG, the same bytes each time it is drawn."
     buffer = io.StringIO()
     with drawing():
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
@@ -88,9 +90,9 @@ class Drawing(Figure):
 # %% ../../nbs/report/63_figures.ipynb #93187c86
 def plot_scores(
     table: ScoreTable,
-    columns: int = 4,
+    columns: int = 4,  # panels side by side, at most
 ) -> Figure:
-    "Score and interval of every method on every task."
+    "Score and interval of every method on every task, a panel a task."
     looks, columns = look(table.methods, table.proposed), min(columns, len(table.tasks))
     rows = math.ceil(len(table.tasks) / columns)
     with drawing():
@@ -108,7 +110,7 @@ def plot_scores(
 
 # %% ../../nbs/report/63_figures.ipynb #f3b15340
 def _score_panel(panel, table, task, looks):
-    "One task: an interval a method, a tick a seed."
+    "The panel of one task: an interval for each method, a tick for each seed."
     panel.set_title(_title(table, task), fontsize=8.5)
     panel.tick_params(labelsize=7.5, length=2)
     panel.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
@@ -118,18 +120,20 @@ def _score_panel(panel, table, task, looks):
     for y, method in enumerate(table.methods):
         cell, style = table.cell(task, method), looks[method]
         if cell is None:
-            panel.text(0.5, y, "missing", transform=panel.get_yaxis_transform(), ha="center", va="center", fontsize=6.5, style="italic", color=GREY)
+            place = {"transform": panel.get_yaxis_transform(), "ha": "center", "va": "center"}
+            panel.text(0.5, y, "missing", **place, fontsize=6.5, style="italic", color=GREY)
             continue
         if not math.isnan(cell["low"]):
             panel.plot([cell["low"], cell["high"]], [y, y], color=style["color"], linewidth=1.3, zorder=2, solid_capstyle="butt")
         single = [table._runs[k] for s in table.seeds if (k := (task, method, s)) in table._runs]
         if len(single) > 1:
             panel.plot(single, [y] * len(single), linestyle="", marker="|", markersize=4.5, markeredgewidth=0.7, color="#333333", zorder=3)
-        panel.plot(cell["score"], y, linestyle="", marker=style["marker"], color=style["color"], markersize=4, markerfacecolor="white" if cell["stuck"] else style["color"], zorder=4)
+        face = "white" if cell["stuck"] else style["color"]
+        panel.plot(cell["score"], y, linestyle="", marker=style["marker"], color=style["color"], markersize=4, markerfacecolor=face, zorder=4)
 
 
 def _title(table, task):
-    "A task and, once it is known, its metric."
+    "A task and, where a record names it, its metric."
     names = table.cells[table.cells["task"] == task]["metric"].dropna()
     return f"{task} ({names.iloc[0]})" if len(names) else task
 
@@ -138,13 +142,13 @@ DIRECTIONS = [(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -
 
 
 def label_points(
-    axes,
-    points: dict[str, tuple[float, float]],  # name -> place in data
-    colors: dict[str, str],
-    avoid: list[float] = (),  # heights of lines across the axes
-    bars: dict[str, tuple[float, float]] = {},  # upright lines through points, from and to
+    axes: Axes,
+    points: dict[str, tuple[float, float]],  # name -> (x, y) in data coordinates
+    colors: dict[str, str],  # name -> colour of the line to its point
+    avoid: list[float] = (),  # y of horizontal lines across the axes
+    bars: dict[str, tuple[float, float]] | None = None,  # name -> lower and upper end of the vertical line through its point
 ) -> dict[str, Bbox]:  # name -> box in pixels; no two overlap
-    "Write names beside points, none on another name or point."
+    "Write each name beside its point, where it covers no other name, point or line."
     figure = axes.figure
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -153,7 +157,7 @@ def label_points(
     taken = [Bbox.from_bounds(x - 4 * unit, y - 4 * unit, 8 * unit, 8 * unit) for x, y in spots.values()]
     lines = [axes.transData.transform((0.0 if axes.get_xscale() != "log" else 1.0, y))[1] for y in avoid]
     taken += [Bbox.from_extents(inside.x0, y - unit, inside.x1, y + unit) for y in lines]
-    for name, ends in bars.items():
+    for name, ends in (bars or {}).items():
         (x, low), (_, high) = (axes.transData.transform((points[name][0], y)) for y in ends)
         taken.append(Bbox.from_extents(x - unit, low, x + unit, high))
     placed = {}
@@ -166,16 +170,17 @@ def label_points(
         taken.append(placed[name])
     return placed
 
-
+# %% ../../nbs/report/63_figures.ipynb #7ccf5038
 def _name(axes, name, point, color):
-    "A name with a thin line to its point; white behind it, so that what it crosses does not hurt it."
+    "A name on a white ground, with a thin line to its point."
     line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
-    text = axes.annotate(name, point, xytext=(0, 0), textcoords="offset points", ha="center", va="center", fontsize=7.5, zorder=6, annotation_clip=False, color="#222222", bbox=paper, arrowprops=line)
+    place = {"xytext": (0, 0), "textcoords": "offset points", "ha": "center", "va": "center", "annotation_clip": False}
+    text = axes.annotate(name, point, **place, fontsize=7.5, zorder=6, color="#222222", bbox=paper, arrowprops=line)
     text.set_in_layout(False)
     return text
 
-# %% ../../nbs/report/63_figures.ipynb #7ccf5038
+
 def _apart(spot, box):
     "Distance of a point from a box, in pixels."
     (x, y), (low, high) = spot, (box.min, box.max)
@@ -183,7 +188,7 @@ def _apart(spot, box):
 
 
 def _free_place(spot, others, width, height, taken, inside, unit):
-    "The nearest offset, in pixels, whose box is free and next to no other point, the box, and whether it is beside its point."
+    "The nearest free place for a label: its offset from the point and its box, in pixels, and whether it needs no line to the point."
     for radius in range(6, 260, 3):
         for across, up in DIRECTIONS:
             move = np.array([across * (radius * unit + width / 2), up * (radius * unit * (0.6 if across else 1) + height / 2)])
@@ -197,7 +202,7 @@ def _free_place(spot, others, width, height, taken, inside, unit):
 
 # %% ../../nbs/report/63_figures.ipynb #10ee6f3f
 def _plot_cost(table, column, label, log):
-    "Mean score against a cost; a method without that cost is a line across."
+    "Mean score against a cost; a method without that cost is a horizontal line. None for fewer than two methods with a cost."
     found, looks = table.overall().set_index("method").dropna(subset=["score", column]), look(table.methods, table.proposed)
     paid = found[found[column] > 0]
     if len(paid) < 2:
@@ -209,10 +214,13 @@ def _plot_cost(table, column, label, log):
             style = looks[method]
             if not math.isnan(row["low"]):
                 axes.plot([row[column]] * 2, [row["low"], row["high"]], color=style["color"], alpha=0.45, linewidth=1.2, zorder=2)
-            axes.plot(row[column], row["score"], linestyle="", marker=style["marker"], color=style["color"], markersize=7, markeredgecolor="white", markeredgewidth=0.7, zorder=4)
-        for method, row in found[found[column] == 0].iterrows():
-            axes.axhline(row["score"], color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
-            axes.annotate(f"{method}: nothing trained", (0.01, row["score"]), xycoords=axes.get_yaxis_transform(), xytext=(0, 3), textcoords="offset points", fontsize=7.5, color="#666666")
+            edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
+            axes.plot(row[column], row["score"], linestyle="", marker=style["marker"], color=style["color"], markersize=7, **edge, zorder=4)
+        free = found[found[column] == 0]["score"]
+        for method, score in free.items():
+            axes.axhline(score, color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
+            place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3), "textcoords": "offset points"}
+            axes.annotate(f"{method}: nothing trained", (0.01, score), **place, fontsize=7.5, color="#666666")
         if log:
             _logarithmic(axes, paid[column].min(), paid[column].max())
         else:
@@ -220,8 +228,9 @@ def _plot_cost(table, column, label, log):
         axes.margins(y=0.12)
         axes.set_xlabel(label)
         axes.set_ylabel(f"mean test score of {len(table.common)} tasks, percent")
-        label_points(axes, {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}, found[found[column] == 0]["score"].tolist(),
-                     {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])})
+        points, colors = {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}
+        bars = {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])}
+        label_points(axes, points, colors, free.tolist(), bars)
     return figure
 
 
@@ -282,7 +291,7 @@ def plot_ranks(
 
 
 def _rank_line(axes, y, own, style, last):
-    "The ranks of one method: a tick each, and their mean with its deviation."
+    "The ranks of one method: a tick for each, and their mean ± standard deviation."
     mean, deviation, counts = own.mean(), own.std(), own.value_counts()
     axes.plot(counts.index, [y] * len(counts), linestyle="", marker="|", markersize=7, markeredgewidth=0.8, color="#999999", zorder=2)
     if not math.isnan(deviation):
@@ -292,14 +301,15 @@ def _rank_line(axes, y, own, style, last):
 
 # %% ../../nbs/report/63_figures.ipynb #422ef011
 def _forest(axes, rows, looks):
-    "Differences with intervals: rows are (label, value, low, high, verdict, look); a tie is hollow."
+    "Differences with intervals as a forest plot: rows are (label, value, low, high, verdict, method); a tie is hollow."
     axes.axvline(0, color="#444444", linewidth=1, zorder=1)
     for y, (_, value, low, high, verdict, name) in enumerate(rows):
         style, open_ = looks[name], verdict not in ("win", "loss")
         if not math.isnan(low):
             axes.plot([low, high], [y, y], color=style["color"], linewidth=1.5, zorder=2, solid_capstyle="butt")
         if not math.isnan(value):
-            axes.plot(value, y, linestyle="", marker=style["marker"], color=style["color"], markersize=5.5, markerfacecolor="white" if open_ else style["color"], zorder=3)
+            face = "white" if open_ else style["color"]
+            axes.plot(value, y, linestyle="", marker=style["marker"], color=style["color"], markersize=5.5, markerfacecolor=face, zorder=3)
         else:
             axes.text(0.5, y, "missing", transform=axes.get_yaxis_transform(), ha="center", va="center", fontsize=7, style="italic", color=GREY)
     axes.set_yticks(range(len(rows)), [r[0] for r in rows])
@@ -310,7 +320,7 @@ def plot_comparison(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> Figure | None:  # None where there is nothing to compare
-    "Difference of a method to each other one, a mean over tasks."
+    "Difference of a method to each other one, a mean over tasks, with its paired interval."
     method = method or table.proposed
     found = table.compare(method)
     if not len(found):
@@ -321,7 +331,8 @@ def plot_comparison(
         _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods, table.proposed))
         axes.text(1.01, -0.7, "win / tie / loss", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
         for y, row in enumerate(found.itertuples()):
-            axes.text(1.01, y, f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {row.tasks} tasks"), transform=axes.get_yaxis_transform(), va="center", fontsize=8)
+            text = f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {row.tasks} tasks")
+            axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         axes.set_xlabel(f"points that {method} is ahead, mean over tasks; hollow: a tie")
     return figure
 
@@ -329,7 +340,7 @@ def plot_comparison(
 def ablated(
     table: ScoreTable,
 ) -> dict[str, str]:  # method -> its name in words; empty without a proposed method or without ablations
-    "The ablations of the proposed method, and DePT, that have results."
+    "The ablations of the proposed method and, beside them, DePT, as far as they have results."
     others, found = [m for m in table.methods if table.roles[m] == "ablation"], table.differences()
     others += ["dept"] if others and "dept" in table.methods else []
     word = lambda m: "both parts (dept)" if m == "dept" else m.removeprefix(f"{table.proposed}-").replace("no-", "without ").replace("-", " ")
@@ -339,7 +350,7 @@ def ablated(
 def plot_ablations(
     table: ScoreTable,
 ) -> Figure | None:  # None without a proposed method or without ablations
-    "What each part of the proposed method adds on every task."
+    "Difference of the proposed method to each ablation on every task."
     others, found = ablated(table), table.differences()
     if not others:
         return None
@@ -360,10 +371,10 @@ def plot_ablations(
 
 # %% ../../nbs/report/63_figures.ipynb #a8e4ebcf
 def spread(
-    heights: dict[str, float],  # where each label would like to stand
-    gap: float,  # least distance between two of them
-) -> dict[str, float]:  # where they stand, lowest first
-    "Heights of labels that do not overlap: each is moved up as far as the one below needs."
+    heights: dict[str, float],  # label -> height wished for
+    gap: float,  # least distance between two labels
+) -> dict[str, float]:  # label -> height, lowest first
+    "Heights of labels that do not overlap: each is moved up as far as the one below it requires."
     placed, last = {}, float("-inf")
     for name, height in sorted(heights.items(), key=lambda item: item[1]):
         placed[name] = last = max(height, last + gap)
@@ -390,10 +401,10 @@ def plot_sweep(
 
 
 def _sweep_panel(panel, points, usual, gap):
-    "One size."
+    "The panel of one size: a line for each task, their mean, a ring at the grid's own value."
     x = np.arange(len(points))
     ends = {task: line.dropna() for task, line in points.items()}
-    for task, line in ends.items():
+    for line in ends.values():
         panel.plot([points.index.get_loc(v) for v in line.index], line, color="#999999", linewidth=0.9, marker="o", markersize=2.5)
     places = spread({task: line.iloc[-1] for task, line in ends.items()}, gap)
     for task, height in places.items():
@@ -412,10 +423,10 @@ NOTED = ("dept", "lora", "pt")  # beside the proposed method
 
 def plot_curves(
     table: ScoreTable,
-    columns: int = 4,
+    columns: int = 4,  # panels side by side, at most
 ) -> Figure | None:  # None where nothing was trained
-    "Validation score during training."
-    trained = [m for m in table.methods if any(r["history"] and r["history"]["step"] for r in table.runs[table.runs["method"] == m].to_dict("records"))]
+    "Validation score during training, a panel a task."
+    trained = [m for m in table.methods if _trained(table.runs[table.runs["method"] == m])]
     if not trained:
         return None
     full = trained if len(trained) <= MOST else [m for m in trained if m in (*NOTED, table.proposed)] or trained[:4]
@@ -438,7 +449,7 @@ def plot_curves(
 
 # %% ../../nbs/report/63_figures.ipynb #d8fc488a
 def _curve_panel(panel, table, task, looks, full):
-    "One task: the curves of all methods, those in `full` on top."
+    "The panel of one task: the curves of all methods, those in `full` on top."
     panel.set_title(_title(table, task), fontsize=8.5)
     panel.tick_params(labelsize=7.5, length=2)
     panel.margins(x=0.12)
@@ -448,14 +459,20 @@ def _curve_panel(panel, table, task, looks, full):
         panel.text(0.5, 0.5, "missing", transform=panel.transAxes, ha="center", va="center", color=GREY, style="italic")
 
 
+def _trained(runs):
+    "Those of some runs that have a history, as dictionaries."
+    return [r for r in runs.to_dict("records") if r["history"] and r["history"]["step"]]
+
+
 def _curve(panel, table, task, method, style, full):
-    "Draw the mean curve of one method; whether there was anything to draw."
-    runs = [r for r in table.runs[(table.runs["task"] == task) & (table.runs["method"] == method)].to_dict("records") if r["history"] and r["history"]["step"]]
+    "Draw the mean curve of one method; False where there is none."
+    runs = _trained(table.runs[(table.runs["task"] == task) & (table.runs["method"] == method)])
     if not runs:
         return False
     curves = pd.concat([pd.DataFrame(r["history"]).dropna(subset="score").set_index("step")["score"] for r in runs], axis=1)
     mean = curves.mean(axis=1)
-    panel.plot(mean.index, mean, linewidth=1.5 if full else 0.7, zorder=3 if full else 2, color=style["color"] if full else "#cccccc", linestyle=style["linestyle"] if full else "-")
+    line = {"color": style["color"], "linestyle": style["linestyle"], "linewidth": 1.5, "zorder": 3}
+    panel.plot(mean.index, mean, **(line if full else {"color": "#cccccc", "linewidth": 0.7, "zorder": 2}))
     kept = sorted({r["chosen_step"] for r in runs} & set(mean.index)) if full else []
     panel.plot(kept, mean.loc[kept], color=style["color"], marker=style["marker"], linestyle="", markersize=4.5, zorder=4)
     return True
@@ -477,7 +494,7 @@ def plot_gates(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> Figure | None:  # None where no run has gates
-    "The gate weights of a method as strips."
+    "Gate weights of a method, a strip of K rows for each task."
     gates = first_gates(table, method)
     if not gates:
         return None

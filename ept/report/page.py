@@ -12,39 +12,30 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ept.report.descriptions import (
-    describe_ablations,
-    describe_comparison,
-    describe_curves,
-    describe_gates,
-    describe_parameters,
-    describe_ranks,
-    describe_scores,
-    describe_sweep,
-    describe_time,
-)
+from .descriptions import DESCRIPTIONS
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
 from .provenance import caveats, provenance
-from .results import SIZES, ScoreTable, counted, label, sweep_mean, sweep_points
+from .results import SIZES, ScoreTable, counted, label, of_origin, origins, sweep_mean, sweep_points
 from .statistics import DRAWS
 from .tables import TEMPLATES, comparison_table, conditions, frames, overall_table, ranked, rates_table, score_table, timing, turned_table, ungrouped
 from ..utils.files import write_atomic
 
 # %% ../../nbs/report/64_page.ipynb #232dd2c4
 def _points(found):
-    "A difference with its interval."
+    "A difference in points and its interval, as text."
     around = "" if math.isnan(found.low) else f" (95 % interval {found.low:+.1f} to {found.high:+.1f})"
     return f"{found.value:+.1f} points{around}"
 
 
 def _leader(table):
-    "Who has the highest mean score."
+    "Which method has the highest mean score, by how much, and the rank of the proposed one."
     scores = table.scores(table.contenders).loc[table.common].mean().dropna().sort_values(ascending=False, kind="stable")
     if len(scores) < 2:
         return ""
     first, second = scores.index[:2]
     found = table.difference(first, second, table.common)
-    text = f"`{first}` has the highest mean score of {len(scores)} methods over {counted(len(table.common), 'task')}, {scores.iloc[0]:.1f}; next is `{second}` with {scores.iloc[1]:.1f}, a difference of {_points(found)}."
+    text = f"`{first}` has the highest mean score of {len(scores)} methods over {counted(len(table.common), 'task')}, {scores.iloc[0]:.1f}; "
+    text += f"next is `{second}` with {scores.iloc[1]:.1f}, a difference of {_points(found)}."
     text += "" if found.verdict == "win" else " The interval is wider than the gap: which of the two leads is open."
     own = table.proposed
     if own in scores and own not in (first, second):
@@ -53,31 +44,45 @@ def _leader(table):
 
 # %% ../../nbs/report/64_page.ipynb #a5932ac0
 def _compared(table):
-    "The proposed method against each comparison method."
+    "The rows of `ScoreTable.compare` that are of comparison methods."
     found = table.compare()
     return found[found["role"] == "comparison"] if len(found) else found
 
 
 def _tested(table):
-    "How many comparisons stand after correction."
+    "How many differences to comparison methods are significant after correction, and the wins, ties and losses over tasks."
     own, found = table.proposed, _compared(table)
     if not len(found):
         return ""
     sure = lambda name, sign: int(((found[name] < 0.05) & (sign * found["difference"] > 0)).sum())
-    many = len(found)
-    others = f"the {many} comparison methods" if many > 1 else f"`{found['method'].iloc[0]}`"
-    if many == 1:
-        row, stands = found.iloc[0], lambda p: "cannot be tested" if math.isnan(p) else f"{'counts' if p < 0.05 else 'does not count'} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
-        return (f"Against {others}, `{own}` is at {row['difference']:+.1f} points. The difference {stands(row['bootstrap_holm'])} in the bootstrap over test examples "
-                f"and {stands(row['wilcoxon_tasks_holm'])} in Wilcoxon's test over tasks. "
-                f"Task by task: {counted(row['wins'], 'win')}, {counted(row['ties'], 'tie')}, {counted(row['losses'], 'loss')}.")
-    return (f"Against {others}, `{own}` is ahead of {sure('bootstrap_holm', 1)} and behind {sure('bootstrap_holm', -1)} in the bootstrap over test examples, "
-            f"ahead of {sure('wilcoxon_tasks_holm', 1)} and behind {sure('wilcoxon_tasks_holm', -1)} in Wilcoxon's test over tasks (5 % level, Holm's correction); the rest is open. "
-            f"Task by task: {counted(found['wins'].sum(), 'win')}, {counted(found['ties'].sum(), 'tie')}, {counted(found['losses'].sum(), 'loss')}.")
+    outcomes = ", ".join(counted(found[name].sum(), noun) for name, noun in (("wins", "win"), ("ties", "tie"), ("losses", "loss")))
+    if len(found) == 1:
+        row = found.iloc[0]
+        return (
+            f"Against `{row['method']}`, `{own}` is at {row['difference']:+.1f} points. The difference {_significance(row['bootstrap_holm'])} in the bootstrap over "
+            f"test examples and {_significance(row['wilcoxon_tasks_holm'])} in Wilcoxon's test over tasks. Task by task: {outcomes}."
+        )
+    return (
+        f"Against the {len(found)} comparison methods, `{own}` is ahead of {sure('bootstrap_holm', 1)} and behind {sure('bootstrap_holm', -1)} "
+        f"in the bootstrap over test examples, ahead of {sure('wilcoxon_tasks_holm', 1)} and behind {sure('wilcoxon_tasks_holm', -1)} in Wilcoxon's test over tasks "
+        f"(5 % level, Holm's correction); the rest is open. Task by task: {outcomes}."
+    )
+
+
+def _significance(p):
+    "What a p value says of a difference, at the 5 % level."
+    if math.isnan(p):
+        return "cannot be tested"
+    return f"{'is significant' if p < 0.05 else 'is not significant'} (p {'< 0.001' if p < 0.001 else f'= {p:.3f}'})"
+
+# %% ../../nbs/report/64_page.ipynb #d9c2715a
+def _claimed(table):
+    "Whether the paper's claims may stand beside a table: not where every task is a user's own."
+    return bool(of_origin(table.profile, "embedded", "benchmark"))
 
 
 def _improvement(table):
-    "The relative improvement, as the abstract counts it."
+    "Relative improvement of the mean score over the comparison methods, as the paper's abstract counts it."
     found = _compared(table)
     found = found[found["relative"].notna()] if len(found) else found
     if not len(found):
@@ -85,33 +90,38 @@ def _improvement(table):
     top = found.loc[found["relative"].idxmax()]
     mean = f" {found['relative'].mean():+.1f} % on the average over {len(found)} methods," if len(found) > 1 else ""
     most = f" {top['relative']:+.1f} % {'at most, ' if len(found) > 1 else ''}against `{top['method']}`"
-    return f"Relative to the mean score of the others, `{table.proposed}` is at{mean}{most}. The paper's abstract says: up to 12.9 %."
+    claim = " The paper's abstract says: up to 12.9 %." if _claimed(table) else ""
+    return f"Relative to the mean score of the others, `{table.proposed}` is at{mean}{most}.{claim}"
 
 # %% ../../nbs/report/64_page.ipynb #6ff53369
 def _consistency(table):
-    "The worst gap and the spread of ranks."
+    "Worst gap and mean rank of the proposed method."
     found = table.overall().dropna(subset="worst_gap").set_index("method")
     name = table.proposed
     if name not in found.index or len(found) < 2:
         return ""
     own, steady = found.loc[name], found["worst_gap"].idxmin()
-    text = f"Consistency: at its worst `{name}` is {own['worst_gap']:.1f} points behind the best method of a task ({own['worst_gap_task']}); " if own["worst_gap"] > 0 else f"Consistency: on no task is `{name}` behind the best method"
-    other = f"the smallest worst gap is that of `{steady}`, {found.loc[steady, 'worst_gap']:.1f}" if steady != name else "no other has a smaller worst gap"
-    text += other if own["worst_gap"] > 0 else ""
-    return text + f". Its mean rank is {own['rank']:.1f} of {len(found)}" + (f", with a standard deviation of {own['rank_deviation']:.1f} over tasks." if not math.isnan(own["rank_deviation"]) else ".")
+    if own["worst_gap"] > 0:
+        other = f"the smallest worst gap is that of `{steady}`, {found.loc[steady, 'worst_gap']:.1f}" if steady != name else "no other has a smaller worst gap"
+        text = f"Consistency: at its worst `{name}` is {own['worst_gap']:.1f} points behind the best method of a task ({own['worst_gap_task']}); {other}"
+    else:
+        text = f"Consistency: on no task is `{name}` behind the best method"
+    deviation = "" if math.isnan(own["rank_deviation"]) else f", with a standard deviation of {own['rank_deviation']:.1f} over tasks"
+    return f"{text}. Its mean rank is {own['rank']:.1f} of {len(found)}{deviation}."
 
 
 def _duration(table):
-    "Training time against prompt tuning."
+    "Training time of the proposed method relative to prompt tuning."
     found = table.overall().set_index("method")
     value = found["time_of_pt"].get(table.proposed, math.nan)
     if math.isnan(value):
         return ""
-    return f"Training took `{table.proposed}` {value:.2f} of the time of `pt` ({100 * (value - 1):+.0f} %; the abstract says −14 %), wall-clock on the machine of these runs."
+    claim = "; the abstract says −14 %" if _claimed(table) else ""
+    return f"Training took `{table.proposed}` {value:.2f} of the time of `pt` ({100 * (value - 1):+.0f} %{claim}), wall-clock on the machine of these runs."
 
 # %% ../../nbs/report/64_page.ipynb #583e0dbb
 def _doubts(table):
-    "What must be known before any of it is believed."
+    "Missing runs, scores of constant answers, and open leads: what limits the findings above."
     cells, there = table.cells, table.cells[table.cells["seeds"] > 0]
     missing, said = int(cells["missing"].sum()), []
     said += [f"{missing} of {len(table.runs)} runs {'is' if missing == 1 else 'are'} missing"] if missing else []
@@ -126,7 +136,7 @@ def _doubts(table):
 
 
 def _sizes(table):
-    "How far the sizes move the score."
+    "How much the mean score depends on each size of the sweep."
     found = table.sweep.dropna(subset="score") if table.sweep is not None else []
     if not len(found):
         return ""
@@ -137,37 +147,53 @@ def _sizes(table):
         moved = mean[mean.index != usual]
         if len(moved):
             grid = f", the grid's own at {mean[usual]:.1f}" if usual in mean.index else ""
-            parts.append(f"{name} from {moved.index.min()} to {moved.index.max()}, mean scores between {moved.min():.1f} ({name} = {moved.idxmin()}) and {moved.max():.1f} ({moved.idxmax()}){grid}")
+            span = f"mean scores between {moved.min():.1f} ({name} = {moved.idxmin()}) and {moved.max():.1f} ({moved.idxmax()})"
+            parts.append(f"{name} from {moved.index.min()} to {moved.index.max()}, {span}{grid}")
     gone = int(table.sweep["score"].isna().sum())
     rest = f" {counted(gone, 'run')} of the sweep {'is' if gone == 1 else 'are'} missing." if gone else ""
     return f"Sizes of `{method}`, on {', '.join(found['task'].unique())}: {'; '.join(parts)}.{rest}" if parts else rest.strip()
 
 # %% ../../nbs/report/64_page.ipynb #02e6482a
 class Findings(list):
-    "Sentences, names of methods in backticks."
+    "A list of sentences that a notebook shows as bullets."
 
     def _repr_markdown_(self):
         return "\n".join(f"- {text}" for text in self)
 
 
 def _minus(text):
-    "A text whose negative numbers have a minus sign."
+    "A text with minus signs in place of hyphens before numbers."
     return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
 def findings(
     table: ScoreTable,
-) -> Findings:
-    "What the numbers say, in words."
-    first = ["This profile proves the machinery: made-up data. Nothing below says anything about English."] if table.profile.data.source == "embedded" else []
+) -> Findings:  # names of methods in backticks
+    "The main results as sentences, after what limits them: made-up rows, and records that do not fit together."
+    invented, first = of_origin(table.profile, "embedded"), []
+    if len(invented) == len(table.tasks):
+        first = ["This profile proves the machinery: made-up data. Nothing below says anything about English."]
+    elif invented:
+        first = [f"Made-up data: {', '.join(invented)}. Scores on these tasks, and means that they are part of, say nothing about English."]
     texts = [text for question in (_leader, _tested, _improvement, _consistency, _duration, _sizes, _doubts) if (text := question(table))]
     return Findings([*first, *caveats(table), *map(_minus, texts)])
 
 # %% ../../nbs/report/64_page.ipynb #119682cb
+_INTERVALS = (
+    f"Percentile bootstrap, {DRAWS:,} draws of test examples, the same draws for all runs of a task, seeds jointly; rows of one question are drawn together. "
+    "Where every draw gives the same accuracy, Wilson's interval. The standard deviation over seeds, another source of uncertainty, stands beside it."
+)
+_TESTS = (
+    "Two-sided. Paired bootstrap over test examples; Wilcoxon's signed-rank test over tasks and seeds and over tasks. "
+    "Holm's correction within comparison methods, ablations and reference. "
+    "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."
+)
+
+
 def protocol(
     table: ScoreTable,
-) -> list[tuple[str, str]]:  # what, how
-    "How the numbers came about."
+) -> list[tuple[str, str]]:  # heading, text
+    "How runs were trained, selected, scored and compared."
     p = table.profile
     shown = lambda values: ", ".join(f"{k} {v}" for k, v in values.items()) or "as in the line above"
     own = {f"{name}": values for group in (p.methods, p.tasks) for name, values in group.items() if values and name in (*table.methods, *table.tasks)}
@@ -176,73 +202,92 @@ def protocol(
     search, rates = p.search, "Used as they stand; none was tried here."
     if len(search.factors) > 1:
         tried = ", ".join(f"{factor:g}" for factor in search.factors)
-        rates = f"For each task and method all its rates were multiplied by {tried}, in trainings of {search.steps} steps with seed {search.seed}. The best score on validation decides, for every seed of the grid; of equal ones the factor nearest to 1."
+        rates = f"For each task and method all its rates were multiplied by {tried}, in trainings of {search.steps} steps with seed {search.seed}. "
+        rates += "The best score on validation decides, for every seed of the grid; of equal ones the factor nearest to 1."
     found += [
         ("Learning rates", rates),
         ("Selection", "The checkpoint with the best validation score is kept; the test split is read once, after training."),
-        ("Intervals", f"Percentile bootstrap, {DRAWS:,} draws of test examples, the same draws for all runs of a task, seeds jointly; rows of one question are drawn together. "
-         "Where every draw gives the same accuracy, Wilson's interval. The deviation over seeds is another doubt and stands beside it."),
-        ("Tests", "Two-sided. Paired bootstrap over test examples; Wilcoxon's signed-rank test over tasks and seeds and over tasks. Holm's correction within comparison methods, ablations and reference. "
-         "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."),
+        ("Intervals", _INTERVALS),
+        ("Tests", _TESTS),
         ("Times", timing(table) + " When a run is made again and nothing but its time is new, the first time stays. Times relative to pt are of runs on the same kind of machine."),
         ("Ranks", f"Among {ranked(table)}, on tasks that all of them have; equal scores share a rank. Critical difference: Nemenyi, 5 % level."),
-        ("Missing", "A missing run is counted and left out; means and ranks are over the tasks that all methods have, differences over the tasks and seeds that two methods share."),
+        ("Missing", "A missing run is counted and left out. Means and ranks are over the tasks that all methods have, differences over what two methods share."),
     ]
     if loose := ungrouped(table):
-        found.append(("Grouping", f"The records of {', '.join(loose)} do not say which rows belong to one question: its rows were drawn one by one."))
+        found.append(("Grouping", f"The records of {', '.join(loose)} do not say which examples form a group: its examples were drawn one by one."))
     return found
 
 # %% ../../nbs/report/64_page.ipynb #85e4518f
 MANY = 6  # methods; with more the table has methods as rows
 PLAIN = ("gates",)  # figures in which dark and light mean something
-FIGURES = {  # name -> heading, caption, what draws it, what says what is to be seen
-    "scores": ("Intervals, task by task", "Mean over seeds with a 95 % bootstrap interval over test examples; small ticks are single seeds. The dashed line is the majority score. Hollow: the same answer to every example.", plot_scores, describe_scores),
-    "comparison": ("{proposed} against each method", "Paired differences: both methods on the same test examples.", plot_comparison, describe_comparison),
-    "ranks": ("Ranks", "Small ticks are ranks on single tasks. Methods closer than the critical difference cannot be told apart by ranks alone.", plot_ranks, describe_ranks),
-    "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters, describe_parameters),
-    "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time, describe_time),
-    "ablations": ("Ablations", "What {proposed} loses where one part is taken away, task by task.", plot_ablations, describe_ablations),
-    "sweep": ("Sizes", "A thin line a task, the thick one their mean; the ring is the grid's own size. Where m or K is moved, r takes what is left of the budget; where r is moved, the rest of the budget is not used.", plot_sweep, describe_sweep),
-    "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves, describe_curves),
-    "gates": ("Gate weights", "How much each space counts for each prompt token of {proposed}, task by task (first seed): light is little, dark is much.", plot_gates, describe_gates),
+FIGURES = {  # name -> heading, caption, what draws it
+    "scores": (
+        "Intervals, task by task",
+        ("Mean over seeds with a 95 % bootstrap interval over test examples; small ticks are single seeds. "
+         "The dashed line is the majority score. Hollow: the same answer to every example."),
+        plot_scores,
+    ),
+    "comparison": ("{proposed} against each method", "Paired differences: both methods on the same test examples.", plot_comparison),
+    "ranks": ("Ranks", "Small ticks are ranks on single tasks. Methods closer than the critical difference cannot be told apart by ranks alone.", plot_ranks),
+    "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters),
+    "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time),
+    "ablations": ("Ablations", "What {proposed} loses where one part is taken away, task by task.", plot_ablations),
+    "sweep": (
+        "Sizes",
+        ("A thin line for each task, a thick one for their mean; the ring is the grid's own size. "
+         "Where m or K is moved, r takes what is left of the budget; where r is moved, the rest of the budget is not used."),
+        plot_sweep,
+    ),
+    "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves),
+    "gates": ("Gate weights", "Weight of each space for each prompt token of {proposed}, task by task (first seed): light is little, dark is much.", plot_gates),
 }
-ABSENT = {
-    "comparison": "there is no second method beside the proposed one", "ranks": "it takes two comparable methods with results on one task", "parameters": "it takes two methods that train something",
-    "time": "it takes two methods whose training was timed", "ablations": "there is no ablation of the proposed method", "sweep": "no sweep over m, r and K has been run",
-    "curves": "nothing was trained", "gates": "no run of the proposed method has a gate",
+
+# %% ../../nbs/report/64_page.ipynb #3f101127
+ABSENT = {  # figure -> why it is not drawn
+    "comparison": "there is no second method beside the proposed one",
+    "ranks": "it takes two comparable methods with results on one task",
+    "parameters": "it takes two methods that train something",
+    "time": "it takes two methods whose training was timed",
+    "ablations": "there is no ablation of the proposed method",
+    "sweep": "no sweep over m, r and K has been run",
+    "curves": "nothing was trained",
+    "gates": "no run of the proposed method has a gate",
 }
 
 # %% ../../nbs/report/64_page.ipynb #c90f646e
 def _tables(table, scores):
-    "Heading -> table, as far as there is something to show."
+    "Heading -> table; those without rows are left out."
     parts = {"Scores": scores, "Methods": overall_table(table), "Comparisons": comparison_table(table), "Learning rates": rates_table(table)}
     return {heading: part for heading, part in parts.items() if part}
 
 
 def _figure(table, name, svg):
-    "What the page says of a figure, and its size in pixels."
-    heading, caption, _, describe = FIGURES[name]
+    "Heading, caption, alternative text and size in CSS pixels of a figure."
+    heading, caption, _ = FIGURES[name]
     width, height = (round(float(re.search(rf'\b{side}="([\d.]+)pt"', svg)[1]) * 4 / 3) for side in ("width", "height"))
     named = lambda text: text.replace("{proposed}", table.proposed or "the proposed method")
-    return {"name": name, "heading": named(heading), "caption": named(caption), "alternative": _minus(describe(table)), "width": width, "height": height, "plain": name in PLAIN}
+    words = {"heading": named(heading), "caption": named(caption), "alternative": _minus(DESCRIPTIONS[name](table))}
+    return {"name": name, **words, "width": width, "height": height, "plain": name in PLAIN}
 
 
 def render(
     table: ScoreTable,
-    svgs: dict[str, str],  # figure -> <svg>
-) -> str:
-    "The page; it lies in a folder of the results, with the figures beside it."
+    svgs: dict[str, str],  # figure -> `<svg>`, for the figures that are drawn
+) -> str:  # HTML
+    "The report's page, to be written beside `figures/` in a folder of the results."
     profile, proposed = table.profile, table.proposed or "the proposed method"
     scores = score_table(table) if len(table.methods) <= MANY else turned_table(table, intervals=True)
     return TEMPLATES.get_template("page.html.jinja").render(
-        title=f"EPT: profile {profile.profile}", lead=label(profile) if profile.data.source == "embedded" else f"{profile.backbone.name} on {profile.data.source} data",
-        findings=findings(table), tables=list(_tables(table, scores).items()), results="..", figures=[_figure(table, name, svg) for name, svg in svgs.items()],
-        absent=[(FIGURES[name][0].replace("{proposed}", proposed), why) for name, why in ABSENT.items() if name not in svgs], protocol=protocol(table), provenance=provenance(table),
+        title=f"EPT: profile {profile.profile}", lead=label(profile) if of_origin(profile, "embedded") else f"{profile.backbone.name} on {origins(profile)} data",
+        findings=findings(table), tables=list(_tables(table, scores).items()), results="..",
+        figures=[_figure(table, name, svg) for name, svg in svgs.items()],
+        absent=[(FIGURES[name][0].replace("{proposed}", proposed), why) for name, why in ABSENT.items() if name not in svgs],
+        protocol=protocol(table), provenance=provenance(table),
     )
 
 # %% ../../nbs/report/64_page.ipynb #af89e385
 def _files(table, svgs):
-    "Every file but the figures and the page: path -> text."
+    "Path -> text of every file of the report but the figures and the page."
     parts, lines = _tables(table, score_table(table)), ["## Findings", "", findings(table)._repr_markdown_(), ""]
     lines += [line for heading, part in parts.items() for line in (f"## {heading}", "", part.markdown())]
     lines += ["## Figures", ""]
@@ -258,11 +303,11 @@ def _files(table, svgs):
 
 def write_report(
     table: ScoreTable,
-    folder: str | Path,
-) -> dict[str, Figure]:  # name -> figure
-    "Write the page, the tables and the figures; return the figures."
+    folder: str | Path,  # made where it is missing
+) -> dict[str, Figure]:  # name -> figure; those without content are left out
+    "Write the page, the tables and the figures, and remove figures and tables of an earlier grid."
     folder = Path(folder)
-    figures = {name: figure for name, (_, _, plot, _) in FIGURES.items() if (figure := plot(table)) is not None}
+    figures = {name: figure for name, (_, _, plot) in FIGURES.items() if (figure := plot(table)) is not None}
     svgs = {name: to_svg(figure) for name, figure in figures.items()}
     files = _files(table, svgs) | {f"figures/{name}.svg": svg for name, svg in svgs.items()} | {"report.html": render(table, svgs)}
     for name, text in files.items():

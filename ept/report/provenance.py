@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'STAGES', 'provenance', 'present_code', 'caveats']
 # %% ../../nbs/report/61a_provenance.ipynb #04b51426
 from collections import Counter
 
+from ..methods.catalogue import module_of
 from .results import ScoreTable, counted
 from ..utils.fingerprints import code_version
 
@@ -16,18 +17,18 @@ FORMAT = 2  # of the records that evaluation writes today
 
 
 def _records(table):
-    "The runs that have a record."
+    "The runs that have a record, as dictionaries."
     return table.runs[table.runs["score"].notna()].to_dict("records")
 
 
 def _code(record):
-    "Stage -> fingerprint of the code; one entry without a name for a record that does not tell stages apart."
+    "Stage -> fingerprint of the code; one entry \"\" for a record of format 1, which does not tell stages apart."
     code = record.get("code") or {}
     return {stage: version for stage, version in ({"": code} if isinstance(code, str) else code).items() if version}
 
 
 def _backbone(record):
-    "A backbone in a few words."
+    "Name, revision and fingerprint of a record's backbone."
     said = record.get("backbone") or {}
     weights = f"weights `{said['fingerprint']}`" if said.get("fingerprint") else "weights without a fingerprint"
     return ", ".join(filter(None, (said.get("name"), said.get("revision"), weights)))
@@ -39,7 +40,7 @@ def _packages(record):
 
 
 def _tally(values):
-    "Each value once, the most frequent first, with its number of runs where there are several."
+    "The distinct values, the most frequent first; with their numbers of runs where there are several."
     found = Counter(value for value in values if value).most_common()
     return "; ".join(f"{value} ({counted(count, 'run')})" if len(found) > 1 else value for value, count in found) or "not recorded"
 
@@ -47,13 +48,24 @@ def _tally(values):
 STAGES = {"train": "training", "evaluate": "evaluation", "": "all stages"}  # of a fingerprint of the code
 
 
+def _versions(there, stage):
+    "The fingerprints of a stage, where there are several each with its methods and its number of runs."
+    found = {}
+    for record in there:
+        if version := _code(record).get(stage):
+            found.setdefault(version, []).append(record["method"])
+    if len(found) == 1:
+        return f"`{next(iter(found))}`"
+    return "; ".join(f"`{version}` ({', '.join(dict.fromkeys(methods))}: {counted(len(methods), 'run')})" for version, methods in found.items())
+
+
 def provenance(
     table: ScoreTable,
-) -> list[tuple[str, str]]:  # what, and where it comes from
+) -> list[tuple[str, str]]:  # what, and its value as text
     "Command, records, code, backbone, packages and hardware of a report."
     there = _records(table)
     formats = sorted({str(r["format_version"]) for r in there if r.get("format_version")})
-    code = [f"{name} {_tally(_code(r).get(stage) and f'`{_code(r)[stage]}`' for r in there)}" for stage, name in STAGES.items() if any(stage in _code(r) for r in there)]
+    code = [f"{name} {versions}" for stage, name in STAGES.items() if (versions := _versions(there, stage))]
     hardware = [f"{name}, {counted(count, 'run')}" if len(table.machines) > 1 else name for name, count in table.machines.items()]
     return [
         ("Command", f"`make reproduce PROFILE={table.profile.profile}`"),
@@ -66,39 +78,50 @@ def provenance(
     ]
 
 # %% ../../nbs/report/61a_provenance.ipynb #e8c442b5
-def present_code() -> dict[str, str]:  # stage -> what `_code` of a record made now would say
-    "Fingerprints of the code as it is."
-    return {"train": code_version("ept.training.training"), "evaluate": code_version("ept.training.evaluation")}
+def present_code(
+    method: str,  # name; of a method that is registered from elsewhere, its own module is not taken in
+) -> dict[str, str]:  # stage ("train", "evaluate") -> fingerprint
+    "Fingerprints of the code that would train and evaluate a method now, as its records would hold them."
+    return {stage: code_version(f"ept.training.{STAGES[stage]}", *module_of(method)) for stage in ("train", "evaluate")}
 
 
 def _part(some, every):
-    "How many records of how many."
+    "All n records, or m of n records."
     return f"All {every} records" if some == every else f"{some} of {every} records"
 
 
 def _earlier(table, there):
-    "Records in a format that is no longer written."
+    "A sentence on records in a format that is no longer written; \"\" where there are none."
     old = [r for r in there if (r.get("format_version") or FORMAT) < FORMAT]
     if not old:
         return ""
     blind = any(not {"fingerprint", "revision"} & {name for name, value in (r.get("backbone") or {}).items() if value} for r in old)
-    return f"{_part(len(old), len(there))} were made by an earlier version of the code: their format is {_tally(str(r['format_version']) for r in old)}, today's is {FORMAT}." + (
-        " They do not say which weights the backbone had; it may have been another one than today's." if blind else "")
+    formats = _tally(str(r["format_version"]) for r in old)
+    text = f"{_part(len(old), len(there))} were made by an earlier version of the code: their format is {formats}, today's is {FORMAT}."
+    return text + (" They do not say which weights the backbone had; it may have been another one than today's." if blind else "")
 
 
 def _other(table, there):
-    "Records of other code than the present one."
-    told = [r for r in there if "" not in _code(r) and _code(r)]
-    present = present_code() if told else {}
-    counts = {done: sum(_code(r).get(stage, present[stage]) != present[stage] for r in told) for stage, done in (("train", "trained"), ("evaluate", "evaluated")) if told}
-    said = " and ".join(f"{count} {'was' if count == 1 else 'were'} {done}" for done, count in counts.items() if count)
-    return f"Of {len(there)} records, {said} by another version of the code than the present one; `make reproduce PROFILE={table.profile.profile}` makes them again." if said else ""
+    "A sentence on records of another version of the code than the present one, each compared with that of its own method."
+    told = [(r["method"], _code(r)) for r in there if "" not in _code(r) and _code(r)]
+    present = {method: present_code(method) for method in {method for method, _ in told}}
+    other = {
+        done: sum(code.get(stage, present[method][stage]) != present[method][stage] for method, code in told)
+        for stage, done in (("train", "trained"), ("evaluate", "evaluated"))
+    }
+    said = " and ".join(f"{count} {'was' if count == 1 else 'were'} {done}" for done, count in other.items() if count)
+    again = f"`make reproduce PROFILE={table.profile.profile}` makes them again"
+    return f"Of {len(there)} records, {said} by another version of the code than the present one; {again}." if said else ""
 
 # %% ../../nbs/report/61a_provenance.ipynb #1902611e
 def _mixed(table, there):
-    "Records that differ in what should be the same."
+    "A sentence on records that differ in code, backbone or packages."
+    versions = {}  # stages have fingerprints with the method's own module, and are compared within a method; those of format 1 are compared over all
+    for record in there:
+        for stage, version in _code(record).items():
+            versions.setdefault((stage, record["method"] if stage else ""), set()).add(version)
     counts = {
-        "versions of the code": max(len({_code(r)[stage] for r in there if stage in _code(r)}) for stage in STAGES),
+        "versions of the code": max(map(len, versions.values()), default=0),
         "backbones": len({_backbone(r) for r in there if (r.get("backbone") or {}).get("name")}),
         "sets of packages": len({_packages(r) for r in there}),
     }
@@ -108,7 +131,7 @@ def _mixed(table, there):
 
 def caveats(
     table: ScoreTable,
-) -> list[str]:  # sentences; none where all runs are of the present code and of one piece
-    "What a reader must know about where the numbers come from."
+) -> list[str]:  # sentences; empty where all records are in today's format, of the present code, and share backbone and packages
+    "What in the origin of the records makes their scores hard to compare or to repeat."
     there = _records(table)
     return [text for question in (_earlier, _other, _mixed) if (text := question(table, there))]

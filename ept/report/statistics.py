@@ -20,12 +20,12 @@ from ..utils.checking import unknown
 
 # %% ../../nbs/report/60_statistics.ipynb #a24ede6f
 def _confusion(said, true, weights):
-    "Weighted true negatives, false positives, false negatives, true positives of a class."
+    "Weighted confusion counts of one class: true negatives, false positives, false negatives, true positives."
     return [weights @ cell for cell in (~true & ~said, ~true & said, true & ~said, true & said)]
 
 
 def _counts(metric, true_negative, false_positive, false_negative, true_positive):
-    "F1 or Matthews of weighted confusion counts; 0 where it is not defined."
+    "F1 or Matthews correlation from weighted confusion counts; 0 where it is not defined."
     tn, fp, fn, tp = true_negative, false_positive, false_negative, true_positive
     if metric == "f1":
         above, below = 2 * tp, 2 * tp + fp + fn
@@ -35,7 +35,7 @@ def _counts(metric, true_negative, false_positive, false_negative, true_positive
 
 
 def _pearson(p, y, weights):
-    "Weighted correlation; 0 where a side is constant."
+    "Weighted Pearson correlation; 0 where predictions or labels are constant."
     total = weights.sum(1)
     p, y = p - p.mean(), y - y.mean()
     mean = lambda values: weights @ values / total
@@ -45,7 +45,7 @@ def _pearson(p, y, weights):
 
 
 def _spearman(p, y, weights):
-    "Correlation of ranks, draw by draw."
+    "Spearman correlation, computed anew for each draw; 0 where predictions or labels are constant."
     rows = [np.repeat(np.arange(len(p)), w.astype(int)) for w in weights]
     varied = lambda values: np.ptp(values) > 1e-9
     return np.array([stats.spearmanr(p[r], y[r]).statistic if varied(p[r]) and varied(y[r]) else 0.0 for r in rows])
@@ -56,11 +56,11 @@ RESAMPLED = ("accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman")
 
 def weighted_scores(
     metric: str,  # one of `RESAMPLED`
-    predictions: np.ndarray,  # label numbers, or numbers for a correlation, [n]
-    labels: np.ndarray,  # the true ones, [n]
+    predictions: np.ndarray,  # class indices, or values for a correlation, [n]
+    labels: np.ndarray,  # the gold labels, of the same kind, [n]
     weights: np.ndarray,  # how often each example occurs in each draw, [draws, n]
 ) -> np.ndarray:  # percentages, [draws]
-    "The score of every draw."
+    "The score of each resampled test set, from how often it holds each example."
     p, y, w = np.asarray(predictions, float), np.asarray(labels, float), np.asarray(weights, float)
     if metric not in RESAMPLED:
         raise unknown("metric", metric, RESAMPLED)
@@ -78,7 +78,7 @@ def weighted_scores(
 
 
 def _present_mean(parts, classes, p, y, weights):
-    "Mean over the classes that a draw has, in labels or predictions."
+    "Mean over the classes that occur in a draw, in its labels or its predictions."
     there = np.array([weights @ ((p == c) | (y == c)) > 0 for c in classes])
     return (parts * there).sum(0) / there.sum(0)
 
@@ -89,12 +89,12 @@ DRAWS, LEVEL = 4000, 0.95
 def resample(
     metric: str,  # one of `RESAMPLED`
     predictions: Sequence,  # of several runs, [runs, n]
-    labels: Sequence,  # [n]
-    groups: Sequence | None = None,  # what ties rows together, [n]; None: each row stands alone
-    draws: int = DRAWS,
-    seed: int | str = 0,  # of the draws; text gives each task draws of its own
+    labels: Sequence,  # gold labels, [n]
+    groups: Sequence | None = None,  # identifiers of the groups that are drawn as a whole, [n]; None draws single examples
+    draws: int = DRAWS,  # number of resampled test sets
+    seed: int | str = 0,  # of the random generator; the name of a task gives each task its own draws
 ) -> np.ndarray:  # percentages, [runs, draws]; NaN where there are fewer than two units
-    "Scores of all runs on the same resampled test sets."
+    "Bootstrap scores of several runs, all on the same resampled test sets."
     labels = np.asarray(labels)
     _, unit = np.unique(np.arange(len(labels)) if groups is None else np.asarray(groups), return_inverse=True)
     units = unit.max() + 1
@@ -115,44 +115,44 @@ def resample(
 
 # %% ../../nbs/report/60_statistics.ipynb #8e1ff1bb
 def interval(
-    metric: str,
-    draws: np.ndarray,  # of `resample`, the mean over seeds, [draws]
-    units: int,  # examples, or groups of them
+    metric: str,  # one of `RESAMPLED`; a constant accuracy gets Wilson's interval, any other constant score none
+    draws: np.ndarray,  # bootstrap scores of a run, or their mean over seeds, [draws]
+    units: int,  # examples in the test set, or groups of them
 ) -> tuple[float, float]:  # percentages; NaN where there is no interval
-    "The 95 % interval of a score."
+    "The 95 % percentile interval of a score."
     tail = (1 - LEVEL) / 2
     if np.isnan(draws).any() or units < 2:
         return math.nan, math.nan
     if np.ptp(draws) > 1e-9:
-        return tuple(float(v) for v in np.quantile(draws, [tail, 1 - tail]))
+        return tuple(np.quantile(draws, [tail, 1 - tail]).tolist())
     right = draws[0] / 100 * units
     if metric != "accuracy" or abs(right - round(right)) > 1e-6:
         return math.nan, math.nan
     found = stats.binomtest(round(right), units).proportion_ci(LEVEL, method="wilson")
-    return 100 * found.low, 100 * found.high
+    return 100 * float(found.low), 100 * float(found.high)
 
 # %% ../../nbs/report/60_statistics.ipynb #e42ad135
 @dataclass(frozen=True)
 class Difference:
     "A difference of two scores, in points, with its paired 95 % interval."
 
-    value: float
-    low: float
+    value: float  # points
+    low: float  # of the interval; NaN where there is none
     high: float
-    p: float  # two-sided
+    p: float  # two-sided, uncorrected
 
     @property
     def verdict(self) -> str:
-        '"win", "tie" or "loss" of the first; "" where there is no interval.'
+        '"win", "tie" or "loss" of the first method, at the 5 % level; "" where there is no interval.'
         if math.isnan(self.low):
             return ""
         return "tie" if self.p > 1 - LEVEL or self.low <= 0 <= self.high else "win" if self.low > 0 else "loss"
 
 
 def difference(
-    value: float,  # of the two scores
-    draws: np.ndarray,  # of their difference, on the same test sets, [draws]
-    differing: int | None = None,  # units that the two answer differently; None is many
+    value: float,  # observed, points
+    draws: np.ndarray,  # bootstrap differences, both scores on the same test sets, [draws]
+    differing: int | None = None,  # examples or groups that the two methods answer differently, which bounds p below; None sets no bound
 ) -> Difference:
     "Paired bootstrap over test examples (Efron & Tibshirani 1993, chapters 13 and 16)."
     draws = np.asarray(draws, float)
@@ -162,13 +162,14 @@ def difference(
     low, high = np.quantile(draws, [tail, 1 - tail])
     beyond = min((draws <= 0).sum(), (draws >= 0).sum())
     least = 0.0 if differing is None else 2.0 ** (1 - min(differing, 1000))
-    return Difference(float(value), float(low), float(high), min(1.0, max(least, 2 * (1 + beyond) / (1 + len(draws)))))
+    p = min(1.0, max(least, 2 * (1 + int(beyond)) / (1 + len(draws))))
+    return Difference(float(value), float(low), float(high), p)
 
 # %% ../../nbs/report/60_statistics.ipynb #8ba4aa82
 def wilcoxon(
-    differences: Sequence[float],  # of pairs of scores; NaN is left out
+    differences: Sequence[float],  # of paired scores, points; NaN is left out
 ) -> float:  # two-sided p; 1 where all are zero, NaN where there are none
-    "Signed-rank test of paired scores (Wilcoxon 1945; Demšar 2006, section 3.1.3)."
+    "Wilcoxon's signed-rank test of paired scores (Wilcoxon 1945; Demšar 2006, section 3.1.3)."
     values = np.round(np.asarray(differences, float), 6)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -177,9 +178,9 @@ def wilcoxon(
 
 # %% ../../nbs/report/60_statistics.ipynb #38b9ee38
 def holm(
-    p: Sequence[float],  # of a family of comparisons; NaN stays NaN and does not count
-) -> np.ndarray:  # corrected
-    "p values corrected for their number (Holm 1979)."
+    p: Sequence[float],  # p values of a family of comparisons; NaN stays NaN and does not count
+) -> np.ndarray:  # adjusted p values, in the same order
+    "Holm's correction for multiple comparisons (Holm 1979)."
     p = np.asarray(p, float)
     known, corrected = ~np.isnan(p), p.copy()
     if known.any():
@@ -189,8 +190,8 @@ def holm(
 # %% ../../nbs/report/60_statistics.ipynb #b0045f20
 def ranks(
     scores: pd.DataFrame,  # rows are tasks, columns methods
-) -> pd.DataFrame:  # 1 is best, equal scores share a rank; tasks with a gap are left out
-    "Ranks of the methods on every task."
+) -> pd.DataFrame:  # 1 is best, equal scores share the mean of their ranks; tasks without a score of every method are left out
+    "Rank of each method on each task."
     whole = scores.dropna()
     if whole.empty:
         return whole
@@ -199,8 +200,8 @@ def ranks(
 
 def gaps(
     scores: pd.DataFrame,  # rows are tasks, columns methods
-) -> pd.DataFrame:  # points, at least 0; tasks with a gap in the table are left out
-    "How far each method is behind the best one of a task."
+) -> pd.DataFrame:  # points, at least 0; tasks without a score of every method are left out
+    "Distance of each method to the best method of each task."
     whole = scores.dropna()
     return whole.rsub(whole.max(axis=1), axis=0)
 
@@ -209,19 +210,19 @@ def critical_difference(
     methods: int,  # k
     tasks: int,  # N
 ) -> float:  # in ranks; NaN for fewer than two of either
-    "Mean ranks closer than this cannot be told apart at the 5 % level (Demšar 2006, section 3.2.2)."
+    "Nemenyi's critical difference of two mean ranks at the 5 % level (Demšar 2006, section 3.2.2)."
     if methods < 2 or tasks < 2:
         return math.nan
     q = stats.studentized_range.ppf(LEVEL, methods, np.inf) / math.sqrt(2)
     return float(q * math.sqrt(methods * (methods + 1) / (6 * tasks)))
 
 # %% ../../nbs/report/60_statistics.ipynb #0c06b0f0
-SMALLEST = 10.0  # points
+SMALLEST = 10.0  # points; the lowest score that anything is relative to
 
 
 def relative(
-    ours: float,  # score
-    theirs: float,  # score of the other method
+    ours: float,  # score, percent
+    theirs: float,  # score of the other method, percent
 ) -> float:  # percent; NaN where theirs is below `SMALLEST`
-    "How much better, in percent of the other score."
+    "Relative improvement over another score."
     return 100 * (ours / theirs - 1) if theirs >= SMALLEST else math.nan

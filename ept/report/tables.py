@@ -18,24 +18,24 @@ import markupsafe
 import pandas as pd
 from fastcore.basics import patch
 
-from .results import ScoreTable, label
+from .results import ScoreTable, counted, label, of_origin, origins
 from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/report/62_tables.ipynb #71463378
 @dataclass(frozen=True)
 class Cell:
-    "A value and what has to be said with it."
+    "A cell of a table: a value as text, and its deviation, interval, mark and files."
 
     value: str = ""
-    deviation: str = ""  # behind a plus-minus
-    small: str = ""  # in brackets
+    deviation: str = ""  # between seeds, printed behind ±
+    small: str = ""  # printed in brackets: an interval, a task, a role
     weight: str = ""  # "best" is bold, "level" is italic, "apart" is not of this grid
     sign: str = ""  # † or ‡
-    files: dict[int, dict[str, str]] = field(default_factory=dict)  # seed -> kind -> file, relative to the results: what the value was made from
+    files: dict[int, dict[str, str]] = field(default_factory=dict)  # seed -> kind -> path of a record, relative to the results
 
     @property
     def number(self) -> float | None:  # None for a word
-        "What a column is sorted by."
+        "The value as a number; a column is sorted by it."
         found = re.match(r"<?([+-]?[\d,]+(?:\.\d+)?)", self.value)
         return float(found[1].replace(",", "")) if found else None
 
@@ -45,20 +45,24 @@ class Cell:
         return text + (f" ({self.small})" if self.small else "") + (f" {self.sign}" if self.sign else "")
 
     def latex(self) -> str:
-        text = {"best": r"\textbf{%s}", "level": r"\textit{%s}"}.get(self.weight, "%s") % escape(self.value)
-        text += r"{\scriptsize\,$\pm$%s}" % self.deviation if self.deviation else ""
-        return text + (r" {\scriptsize(%s)}" % escape(self.small) if self.small else "") + escape(self.sign)
+        command, value = {"best": r"\textbf", "level": r"\textit"}.get(self.weight), escape(self.value)
+        text = f"{command}{{{value}}}" if command else value
+        text += rf"{{\scriptsize\,$\pm${self.deviation}}}" if self.deviation else ""
+        return text + (rf" {{\scriptsize({escape(self.small)})}}" if self.small else "") + escape(self.sign)
 
 
 def escape(
     text: str,
 ) -> str:
-    "A text for LaTeX."
-    known = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "±": r"$\pm$", "×": r"$\times$", "−": r"$-$", "<": r"$<$"}
+    "A text with its special characters escaped for LaTeX, and its names in backticks in typewriter type."
+    known = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "<": r"$<$"}
+    known |= {"†": r"$^\dagger$", "‡": r"$^\ddagger$", "±": r"$\pm$", "×": r"$\times$", "−": r"$-$"}
     return re.sub(r"`([^`]+)`", r"\\texttt{\1}", "".join(known.get(c, c) for c in text))
 
 # %% ../../nbs/report/62_tables.ipynb #d42f51a8
-TEMPLATES = jinja2.Environment(loader=jinja2.PackageLoader("ept.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("ept.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+)
 TEMPLATES.filters["code"] = lambda text: markupsafe.Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(markupsafe.escape(text))))
 
 
@@ -72,25 +76,25 @@ def html(
 
 
 @patch(as_prop=True)
-def lines(self: Cell) -> list[str]:  # what stands in brackets elsewhere, a line each
-    "The small print below a value; a range has a dash where its ends have no signs."
+def lines(self: Cell) -> list[str]:  # one for each part of `small`
+    "`small` as lines below the value; an interval has a dash where its ends have no signs."
     return re.sub(r"(?<![-+\d.])(\d[\d.]*) to (\d)", r"\1–\2", self.small).replace(" to ", "\u00a0to\u00a0").split(", ") if self.small else []
 
 # %% ../../nbs/report/62_tables.ipynb #c43f3e64
 @dataclass(frozen=True)
 class Table:
-    "Rows of cells under a heading, with a caption that says how to read them."
+    "Rows of cells under column heads, with a caption that says how to read them."
 
-    name: str  # of its files
+    name: str  # of its files, without suffix
     columns: list[str]
     rows: list[list[Cell]]
     caption: str
     foot: int = 0  # rows at the end that stand below a rule
     texts: int = 1  # columns at the beginning that are text, not numbers
-    aside: int = 0  # columns at the end that are kept apart
+    aside: int = 0  # columns at the end that are set apart: published scores
 
     def markdown(self) -> str:
-        "Caption below."
+        "A pipe table, with its caption below."
         rule = ["---"] * self.texts + ["---:"] * (len(self.columns) - self.texts)
         lines = ["| " + " | ".join(self.columns) + " |", "|" + "|".join(rule) + "|"]
         lines += ["| " + " | ".join(c.markdown() for c in row) + " |" for row in self.rows]
@@ -104,7 +108,7 @@ def html(
     self: Table,
     results: str = "..",  # folder of the records, seen from the page
 ) -> str:
-    "A `<table>` that can be scrolled, and its caption."
+    "A `<table>` in a box that scrolls, with its caption."
     return str(TEMPLATES.get_template("table.html.jinja").module.table(self, results))
 
 
@@ -114,14 +118,16 @@ def latex(self: Table) -> str:
     split = len(self.rows) - self.foot
     lines = [" & ".join(c.latex() for c in row) + r" \\" for row in self.rows]
     lines = lines[:split] + ([r"\midrule"] if self.foot else []) + lines[split:]
+    columns, head = "l" * self.texts + "r" * (len(self.columns) - self.texts), " & ".join(map(escape, self.columns)) + r" \\"
     return "\n".join([
-        r"\begin{table*}", r"\centering\small", rf"\caption{{{escape(self.caption)}}}", rf"\label{{tab:{self.name}}}", r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{'l' * self.texts + 'r' * (len(self.columns) - self.texts)}}}", r"\toprule", " & ".join(map(escape, self.columns)) + r" \\", r"\midrule", *lines,
+        r"\begin{table*}", r"\centering\small", rf"\caption{{{escape(self.caption)}}}", rf"\label{{tab:{self.name}}}",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *lines,
         r"\bottomrule", r"\end{tabular}}", r"\end{table*}", "",
     ])
 
 # %% ../../nbs/report/62_tables.ipynb #89f358b0
-PUBLISHED = {
+PUBLISHED = {  # name of the column, source, task -> score in percent
     "name": "DePT, published: other setting",
     "source": "logs released by the authors of DePT (Shi & Lipani 2024), t5-base, whole test splits",
     "scores": {"mnli": 84.99, "qqp": 90.38, "qnli": 93.19, "sst2": 94.15, "stsb": 90.77, "mrpc": 90.69, "rte": 79.14, "cola": 63.79,
@@ -129,53 +135,53 @@ PUBLISHED = {
 }
 
 
-def _beside(table):
-    "Whether published scores may stand beside these: on real rows."
-    return table.profile.data.source == "benchmark"
+def _beside(table, published):
+    "Published scores that may stand beside those of a table: of tasks with the benchmark's own rows."
+    return {task: published["scores"].get(task, math.nan) for task in of_origin(table.profile, "benchmark")}
 
 
 def conditions(
     table: ScoreTable,
 ) -> str:
-    "Backbone, data and runs, in a sentence."
+    "Profile, backbone, data, number of runs and seeds, in two sentences."
     p, there = table.profile, table.runs["score"].notna()
     origin = next((b for b in table.runs.get("backbone", []) if isinstance(b, dict)), {"revision": None})
     revision = f" ({origin['revision']})" if origin.get("revision") else ""
     rows = ", ".join(f"{n} {split}" for split, n in p.data.subsample.items())
     seeds = f"seed{'s' if len(p.grid.seeds) > 1 else ''} {', '.join(map(str, p.grid.seeds))}"
-    return (
-        f"Profile {label(p)}. Backbone {p.backbone.name}{revision}, {p.data.source} data" + (f", at most {rows} examples" if rows else "")
-        + f"; {there.sum()} of {len(there)} runs, {seeds}."
-    )
+    limits = f", at most {rows} examples" if rows else ""
+    return f"Profile {label(p)}. Backbone {p.backbone.name}{revision}, {origins(p)} data{limits}; {there.sum()} of {len(there)} runs, {seeds}."
 
 
 def ungrouped(
     table: ScoreTable,
 ) -> list[str]:
-    "Tasks whose rows belong together, while their records do not say how."
+    "Tasks whose examples come in groups (`Task.group`) that their records do not hold."
     known = table.runs[table.runs["predictions"].notna() & table.runs["groups"].isna()]
     return [t for t in dict.fromkeys(known["task"]) if table.profile.task(t).group]
 
 # %% ../../nbs/report/62_tables.ipynb #cc30dab6
 def _signs(table):
-    "What the signs of the table mean, as far as they occur."
+    "How to read the scores: what brackets, bold, italic and the signs mean, as far as they occur."
     cells, missing, several = table.cells, int(table.cells["missing"].sum()), len(table.seeds) > 1
-    text = " Test scores in percent (correlations × 100)" + (", mean ± standard deviation over seeds" if several else "") + ", in brackets a 95 % bootstrap interval over test examples."
+    deviation = ", mean ± standard deviation over seeds" if several else ""
+    text = f" Test scores in percent (correlations × 100){deviation}, in brackets a 95 % bootstrap interval over test examples."
     text += f" Missing: {missing} run{'s' if missing > 1 else ''} in {(cells['missing'] > 0).sum()} of {len(cells)} cells." if missing else ""
-    text += " Bold: ahead of every other method by more than the paired 95 % interval. Italic: the leader where it is not, and those that tie with it; the interval is wider than the gap."
+    text += " Bold: ahead of every other method by more than the paired 95 % interval."
+    text += " Italic: the leader where it is not, and those that tie with it; the interval is wider than the gap."
     text += " † answers the same to every example." if cells["stuck"].any() else ""
     text += " ‡ the interval reaches down to the majority score or another constant answer." if (cells["near_floor"] & ~cells["stuck"]).any() else ""
     loose = cells.drop_duplicates("task").query("floor > majority_score + 0.05")
     text += " Best constant answer above the majority score: " + ", ".join(f"{r.task} {r.floor:.1f}" for r in loose.itertuples()) + "." if len(loose) else ""
-    text += f" The rows of {', '.join(loose)} belong together, but its records do not say how: its intervals are too narrow." if (loose := ungrouped(table)) else ""
-    return text
+    single = ", ".join(ungrouped(table))
+    return text + (f" The examples of {single} come in groups, but its records do not say in which: its intervals are too narrow." if single else "")
 
 # %% ../../nbs/report/62_tables.ipynb #e4398d41
 def score_cell(
     cell: dict | None,  # of `ScoreTable.cell`
-    intervals: bool = True,
+    intervals: bool = True,  # in brackets
 ) -> Cell:
-    "A score as it is printed."
+    "The printed cell of a score: rounded, with deviation, interval, mark and sign."
     if cell is None:
         return Cell("missing")
     small = [f"{cell['low']:.1f} to {cell['high']:.1f}"] if intervals and not math.isnan(cell["low"]) else []
@@ -186,12 +192,12 @@ def score_cell(
 
 
 def _number(value, digits=1, missing="missing"):
-    "A number, or a word where there is none."
+    "A number as text, or a word where there is none."
     return missing if value is None or math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _size(row):
-    "Trainable parameters, least to most over the tasks."
+    "Trainable parameters as text, a range where tasks differ."
     few, many = row["fewest_parameters"], row["trainable_parameters"]
     return "missing" if math.isnan(many) else f"{many:,.0f}" if few == many else f"{few:,.0f} to {many:,.0f}"
 
@@ -199,52 +205,53 @@ def _size(row):
 def timing(
     table: ScoreTable,
 ) -> str:
-    "What the training times were measured on, in a sentence."
+    "The machines that the training times were measured on, in a sentence."
     found = table.machines
-    on = "; ".join(name + (f", {count} run{'s' if count > 1 else ''}" if len(found) > 1 else "") for name, count in found.items())
+    on = "; ".join(name + (f", {counted(count, 'run')}" if len(found) > 1 else "") for name, count in found.items())
     return f"Training times are wall-clock, measured on: {on}. Other work on the machine lengthens them." if found else "No run that trains was timed."
 
 # %% ../../nbs/report/62_tables.ipynb #6f591eac
 def score_table(
     table: ScoreTable,
-    published: dict = PUBLISHED,
+    published: dict = PUBLISHED,  # name, source and scores of a column beside benchmarks
 ) -> Table:
-    "Every score: a row a task, a column a method."
-    beside = _beside(table)
-    rows, overall = [], table.overall().set_index("method")
+    "All scores with tasks as rows and methods as columns; below them means, trainable parameters and training times."
+    beside, overall, rows = _beside(table, published), table.overall().set_index("method"), []
     for task in table.tasks:
         first = next((c for m in table.methods if (c := table.cell(task, m))), None)
         about = [first["metric"], f"{first['n']:.0f}", f"{first['majority_score']:.1f}"] if first else ["missing"] * 3
         rows.append([Cell(task), *map(Cell, about), *(score_cell(table.cell(task, m)) for m in table.methods)])
-        rows[-1] += [Cell(_number(published["scores"].get(task, math.nan), 2, ""))] if beside else []
+        rows[-1] += [Cell(_number(beside.get(task, math.nan), 2, ""))] if beside else []
     majority = table.cells.groupby("task")["majority_score"].max()
     last, whole = [Cell()] if beside else [], table.scores()
     mean = [_number(whole[m].mean() if whole[m].notna().all() else math.nan) for m in table.methods]
-    rows.append([Cell("mean"), Cell(), Cell(), Cell(_number(majority.mean() if majority.notna().all() else math.nan)), *map(Cell, mean), *last])
+    rows.append([Cell("mean"), Cell(), Cell(), Cell(_number(majority.mean(skipna=False))), *map(Cell, mean), *last])
     rows.append([Cell("trainable parameters"), Cell(), Cell(), Cell(), *(Cell(_size(overall.loc[m])) for m in table.methods), *last])
     time = ["–" if not overall.loc[m, "train_seconds"] else _number(overall.loc[m, "time_of_pt"], 2, "–") for m in table.methods]
     rows.append([Cell("training time, pt = 1"), Cell(), Cell(), Cell(), *map(Cell, time), *last])
     caption = conditions(table) + _signs(table) + " " + timing(table)
     caption += f" Last column: {published['source']}; not measured here." if beside else ""
-    return Table("scores", ["task", "metric", "n", "majority", *table.methods, *([published["name"]] if beside else [])], rows, caption, foot=3, texts=2, aside=int(beside))
+    columns = ["task", "metric", "n", "majority", *table.methods, *([published["name"]] if beside else [])]
+    return Table("scores", columns, rows, caption, foot=3, texts=2, aside=int(bool(beside)))
 
 # %% ../../nbs/report/62_tables.ipynb #313025ac
 def turned_table(
     table: ScoreTable,
-    published: dict = PUBLISHED,
-    intervals: bool = False,  # in place of the trainable parameters
+    published: dict = PUBLISHED,  # name, source and scores of a row below benchmarks
+    intervals: bool = False,  # print intervals, and no column of trainable parameters
 ) -> Table:
-    "Every score: a row a method, a column a task."
-    beside, overall = _beside(table), table.overall().set_index("method")
+    "All scores with methods as rows and tasks as columns."
+    beside, overall = _beside(table, published), table.overall().set_index("method")
     rows, whole = [], table.scores()
     for method in table.methods:
         mean = whole[method].mean() if whole[method].notna().all() else math.nan
-        rows.append([Cell(method), Cell(_size(overall.loc[method])), *(score_cell(table.cell(t, method), intervals) for t in table.tasks), Cell(_number(mean))])
+        scores = [score_cell(table.cell(t, method), intervals) for t in table.tasks]
+        rows.append([Cell(method), Cell(_size(overall.loc[method])), *scores, Cell(_number(mean))])
     about = table.cells.groupby("task")[["majority_score", "n"]].max().reindex(table.tasks)
     known = [Cell(_number(v)) for v in (*about["majority_score"], about["majority_score"].mean(skipna=False))]
     rows += [[Cell("majority score"), Cell(), *known], [Cell("test examples"), Cell(), *(Cell(_number(n, 0)) for n in about["n"]), Cell()]]
     if beside:
-        rows.append([Cell(published["name"]), Cell(), *(Cell(_number(published["scores"].get(t, math.nan), 2, ""), weight="apart") for t in table.tasks), Cell()])
+        rows.append([Cell(published["name"]), Cell(), *(Cell(_number(beside.get(t, math.nan), 2, ""), weight="apart") for t in table.tasks), Cell()])
     caption = conditions(table) + _signs(table)
     caption = caption if intervals else caption.replace(", in brackets a 95 % bootstrap interval over test examples", "")
     caption += f" Last row: {published['source']}; not measured here." if beside else ""
@@ -252,38 +259,47 @@ def turned_table(
     columns = ["method", "trainable parameters", *(f"{t} ({named[t]})" if t in named else t for t in table.tasks), "mean"]
     if intervals:
         columns, rows = [columns[0], *columns[2:]], [[row[0], *row[2:]] for row in rows]
-    return Table("scores", columns, rows, caption, foot=2 + beside)
+    return Table("scores", columns, rows, caption, foot=2 + bool(beside))
 
 # %% ../../nbs/report/62_tables.ipynb #4ab97896
 def ranked(
     table: ScoreTable,
 ) -> str:
-    "Who is ranked, in words."
+    "The methods that are ranked, as a phrase."
     return f"`{table.proposed}` and the comparison methods" if table.proposed else "the comparison methods"
 
 
 def overall_table(
     table: ScoreTable,
 ) -> Table:
-    "Mean score, rank, worst gap, size and time of every method."
-    rows = []
-    for row in table.overall().to_dict("records"):
-        around = "" if math.isnan(row["low"]) else f"{row['low']:.1f} to {row['high']:.1f}"
-        place = Cell("–") if math.isnan(row["rank"]) else Cell(f"{row['rank']:.1f}", _number(row["rank_deviation"], 1, ""), f"{row['best_rank']:g} to {row['worst_rank']:g}")
-        gap = Cell("–") if math.isnan(row["worst_gap"]) else Cell(f"{row['worst_gap']:.1f}", "", row["worst_gap_task"])
-        time = "–" if not row["train_seconds"] else _number(row["time_of_pt"], 2, "–")
-        rows.append([Cell(row["method"]), Cell(_size(row)), Cell(_number(row["score"]), "", around), place, gap, Cell(time), Cell(str(row["near_floor"])), Cell(str(row["missing"]))])
+    "Mean score, rank, worst gap, trainable parameters and training time of every method."
+    rows = [_overall_row(row) for row in table.overall().to_dict("records")]
     common, contenders = len(table.common), len(table.contenders)
     caption = (
         f"Mean score over the {common} of {len(table.tasks)} tasks that all methods have, with a 95 % bootstrap interval over test examples. "
         f"Ranks among {ranked(table)} ({contenders}): mean ± standard deviation over tasks, in brackets the best and the worst. "
-        "Worst gap: points behind the best of them on the task named. At the floor: tasks whose interval reaches down to a constant answer. – does not apply or was not measured."
+        "Worst gap: points behind the best of them on the task named. At the floor: tasks whose interval reaches down to a constant answer. "
+        "– does not apply or was not measured."
     )
-    return Table("overall", ["method", "trainable parameters", "mean score", "rank", "worst gap", "training time, pt = 1", "at the floor", "runs missing"], rows, caption)
+    columns = ["method", "trainable parameters", "mean score", "rank", "worst gap", "training time, pt = 1", "at the floor", "runs missing"]
+    return Table("overall", columns, rows, caption)
+
+
+def _overall_row(row):
+    "The cells of a row of `ScoreTable.overall`."
+    around = "" if math.isnan(row["low"]) else f"{row['low']:.1f} to {row['high']:.1f}"
+    place, gap = Cell("–"), Cell("–")
+    if not math.isnan(row["rank"]):
+        place = Cell(f"{row['rank']:.1f}", _number(row["rank_deviation"], 1, ""), f"{row['best_rank']:g} to {row['worst_rank']:g}")
+    if not math.isnan(row["worst_gap"]):
+        gap = Cell(f"{row['worst_gap']:.1f}", "", row["worst_gap_task"])
+    time = "–" if not row["train_seconds"] else _number(row["time_of_pt"], 2, "–")
+    score, counts = Cell(_number(row["score"]), "", around), (row["near_floor"], row["missing"])
+    return [Cell(row["method"]), Cell(_size(row)), score, place, gap, Cell(time), *(Cell(str(count)) for count in counts)]
 
 # %% ../../nbs/report/62_tables.ipynb #88037723
 def _p(value):
-    "A corrected p; bold below 5 %."
+    "A corrected p value; bold below 0.05."
     return Cell("–") if math.isnan(value) else Cell("<0.001" if value < 0.001 else f"{value:.3f}", weight="best" if value < 0.05 else "")
 
 
@@ -291,36 +307,41 @@ def comparison_table(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> Table | None:  # None where there is nothing to compare
-    "A method against each other one."
+    "A method against each other one: differences, wins, ties and losses, p values."
     method, several = method or table.proposed, len(table.seeds) > 1
     found = table.compare(method)
     if not len(found):
         return None
     order = {"comparison": 0, "ablation": 1, "reference": 2}
-    rows = []
-    for row in sorted(found.to_dict("records"), key=lambda r: order.get(r["role"], 3)):
-        name = Cell(row["method"], small="" if row["role"] == "comparison" else row["role"])
-        points = Cell(f"{row['difference']:+.1f}", "", "" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}")
-        largest = Cell("–") if math.isnan(row["largest"]) else Cell(f"{row['largest']:+.1f}", "", row["largest_task"])
-        tests = [_p(row["bootstrap_holm"]), *([_p(row["wilcoxon_holm"])] if several else []), _p(row["wilcoxon_tasks_holm"])]
-        share = "–" if math.isnan(row["relative"]) else f"{row['relative']:+.1f}"
-        rows.append([name, Cell(str(row["tasks"])), points, Cell(share), largest, Cell(f"{row['wins']} / {row['ties']} / {row['losses']}"), *tests])
+    rows = [_comparison_row(row, several) for row in sorted(found.to_dict("records"), key=lambda r: order.get(r["role"], 3))]
     caption = (
-        f"`{method}` minus each method, a mean over the tasks that both have, with a paired 95 % bootstrap interval. Relative: of the mean score, in percent of the other's; "
-        "largest: on the one task where it is largest, scores below 10 left out. Win, tie, loss: tasks whose paired interval lies above, around, below zero (with fewer than six test examples answered differently it is a tie). "
+        f"`{method}` minus each method, a mean over the tasks that both have, with a paired 95 % bootstrap interval. "
+        "Relative: of the mean score, in percent of the other's; largest: on the one task where it is largest, scores below 10 left out. "
+        "Win, tie, loss: tasks whose paired interval lies above, around, below zero (with fewer than six test examples answered differently it is a tie). "
         "p values are two-sided and corrected for the number of comparisons (Holm, within comparison methods, ablations, reference); bold below 0.05. "
         "Bootstrap: would other test examples have told the same? Wilcoxon: is it so from task to task"
         + ("? Seeds of one task resemble each other, so the test over tasks is the stricter one." if several else "?")
     )
-    columns = ["against", "tasks", "points", "relative, %", "largest, %", "win / tie / loss", "p bootstrap", *(["p Wilcoxon, tasks and seeds"] if several else []), "p Wilcoxon, tasks"]
-    return Table("comparison", columns, rows, caption)
+    tests = ["p bootstrap", *(["p Wilcoxon, tasks and seeds"] if several else []), "p Wilcoxon, tasks"]
+    return Table("comparison", ["against", "tasks", "points", "relative, %", "largest, %", "win / tie / loss", *tests], rows, caption)
+
+
+def _comparison_row(row, several):
+    "The cells of a row of `ScoreTable.compare`."
+    name = Cell(row["method"], small="" if row["role"] == "comparison" else row["role"])
+    points = Cell(f"{row['difference']:+.1f}", "", "" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}")
+    largest = Cell("–") if math.isnan(row["largest"]) else Cell(f"{row['largest']:+.1f}", "", row["largest_task"])
+    tests = [_p(row["bootstrap_holm"]), *([_p(row["wilcoxon_holm"])] if several else []), _p(row["wilcoxon_tasks_holm"])]
+    share = "–" if math.isnan(row["relative"]) else f"{row['relative']:+.1f}"
+    return [name, Cell(str(row["tasks"])), points, Cell(share), largest, Cell(f"{row['wins']} / {row['ties']} / {row['losses']}"), *tests]
 
 # %% ../../nbs/report/62_tables.ipynb #17878f84
 def rates_table(
     table: ScoreTable,
 ) -> Table | None:  # None where nothing was tried
-    "The factor of its learning rates that each method's search has chosen, task by task."
-    found = {(r["task"], r["method"]): r["config"]["search"] for r in table.runs.to_dict("records") if r["trainable_parameters"] and "search" in (r["config"] or {})}
+    "The factor by which each method's search has multiplied its learning rates, task by task."
+    trained = [r for r in table.runs.to_dict("records") if r["trainable_parameters"] and "search" in (r["config"] or {})]
+    found = {(r["task"], r["method"]): r["config"]["search"] for r in trained}
     found = {key: search for key, search in found.items() if len(search["factors"]) > 1}
     methods = [m for m in table.methods if any(method == m for _, method in found)]
     if not methods:
@@ -338,16 +359,17 @@ def rates_table(
 def frames(
     table: ScoreTable,
     method: str | None = None,  # None is the proposed one
-) -> dict[str, pd.DataFrame]:  # name -> numbers
-    "What stands behind the tables."
-    found = {"scores": table.cells.drop(columns=["device", "files"]), "overall": table.overall(), "comparison": table.compare(method), "differences": table.differences(method), "sweep": table.sweep}
+) -> dict[str, pd.DataFrame]:  # name of a file, without suffix -> its rows; empty ones are left out
+    "The numbers behind the tables, unrounded."
+    found = {"scores": table.cells.drop(columns=["device", "files"]), "overall": table.overall(), "comparison": table.compare(method)}
+    found |= {"differences": table.differences(method), "sweep": table.sweep}
     return {name: frame for name, frame in found.items() if frame is not None and len(frame)}
 
 # %% ../../nbs/report/62_tables.ipynb #343e61a9
 def summary(
     table: ScoreTable,
 ) -> dict[str, dict[str, float]]:  # method -> task -> mean score, rounded to two decimals; "mean" where all tasks are there
-    "The scores, as few numbers as possible, in the grid's order."
+    "The mean scores alone, in the grid's order."
     found, rounded = {}, lambda value: round(float(value), 2) + 0.0  # no -0.0
     for method, scores in table.scores().items():
         there = scores.dropna()
@@ -376,6 +398,6 @@ def write_summary(
     table: ScoreTable,
     folder: str | Path,
 ) -> list[Path]:  # `summary.json` and `curves.csv`
-    "Write what DVC compares between versions."
+    "Write the two files that `dvc metrics diff` and `dvc plots diff` compare."
     folder, text = Path(folder), curves(table).round(2).to_csv(index=False, float_format="%.2f", lineterminator="\n")
     return [write_json(folder / "summary.json", summary(table)), write_atomic(folder / "curves.csv", text)]
