@@ -122,17 +122,9 @@ def first_defined(cell):
 # Exported cells that are longer than LONG lines, by the first thing that they define, and why. The list should become shorter.
 FIELDS = "a class with a line for each field or path"
 OVERRIDES = "one class whose methods are read together: overrides of the Trainer, or what a kind of prompt is"
-FIGURE = "one figure and the parts that it is drawn from"
-SENTENCES = "one kind of sentence or check after the other, each a few lines"
-DIVIDE = "several ideas; cells of their own would be better"
 LONG_CELLS = {
     **dict.fromkeys(["data.tasks.Task", "methods.registry.ROLES", "grid.profiles.Paths"], FIELDS),
-    **dict.fromkeys(["prompt.base.Prompt", "prompt.soft.SoftPrompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer", "report.tables.Table"], OVERRIDES),
-    **dict.fromkeys([f"report.figures.{name}" for name in ("plot_scores", "_plot_cost", "spread", "MOST", "DIRECTIONS")], FIGURE),
-    **dict.fromkeys(["report.page._points", "report.page._consistency"], SENTENCES),
-    **dict.fromkeys(["report.page.MANY"], DIVIDE),
-    **dict.fromkeys([f"report.results.{name}" for name in ("MEASURED", "_floor", "label", "_ROLES")], DIVIDE),
-    **dict.fromkeys(["report.tables.PUBLISHED", "report.tables.score_cell", "report.figures.(BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK, GREY)"], DIVIDE),
+    **dict.fromkeys(["prompt.base.Prompt", "prompt.soft.SoftPrompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
 }
 
 

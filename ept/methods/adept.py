@@ -9,6 +9,7 @@ __all__ = ['AdeptConfig', 'AdeptPrompt']
 from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .registry import Method, register
@@ -77,13 +78,15 @@ class AdeptPrompt(Prompt):
         rank = extra.resolve(config, width).adept_rank
         return config.short_length * width + 2 * width * rank + rank + width
 
-    def forward(
-        self,
-        text: Tensor,  # embedded, [B, L, d]
-        offset_mask: Tensor,  # True for the tokens of the text, [B, L]
-    ) -> tuple[Tensor, Tensor]:
-        "The prompt, [m, d], and the offset of each token, [B, L, d], float32."
-        return self.embeddings, self.network(text.float())
+# %% ../../nbs/methods/39a_adept.ipynb #28852aac
+@patch
+def forward(
+    self: AdeptPrompt,
+    text: Tensor,  # embedded, [B, L, d]
+    offset_mask: Tensor,  # True for the tokens of the text, [B, L]
+) -> tuple[Tensor, Tensor]:
+    "The prompt, [m, d], and the offset of each token, [B, L, d], float32."
+    return self.embeddings, self.network(text.float())
 
 # %% ../../nbs/methods/39a_adept.ipynb #d706e13c
 register(
