@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CALLED = {"sklearn": "scikit-learn", "yaml": "pyyaml", "pil": "pillow"}  # imports whose distribution has another name
+CALLED = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}  # imports whose distribution has another name
 OWN = {"ept", "tests", *(p.stem for folder in ("nbs", "nbs/pipelines", "bench") for p in (ROOT / folder).glob("*.py"))}
 NEVER_IMPORTED = {
     "accelerate": "transformers' Trainer imports it",
@@ -29,7 +29,6 @@ NEVER_IMPORTED = {
     "jupyterlab": "make notebooks",
     "ipykernel": "the kernel of every notebook",
     "ipywidgets": "bars of progress in notebooks",
-    "nbclient": "executes notebooks",
     "nbdev": "make export, make test",
     "pytest-xdist": "make test runs on several processes",
     "ruff": "make lint",
