@@ -6,6 +6,7 @@ DEFAULT := $(shell sed -n 's/^profile: *\([A-Za-z0-9._-]*\).*/\1/p' params.yaml)
 PROFILE ?= $(DEFAULT)
 FROM ?= $(DEFAULT)
 TASKS ?=
+NB ?=
 JOBS ?= 2
 NAME ?=
 BIN := $(VENV)/bin
