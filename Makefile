@@ -69,8 +69,8 @@ test: lint  ## ruff, then every notebook, its outputs compared with the committe
 test-quick: $(READY)  ## the tests that take seconds
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
-outputs: $(READY)  ## execute the notebooks and keep what they show; look at the difference before you commit it
-	$(BIN)/python nbs/execute.py --write
+outputs: $(READY)  ## execute the notebooks, or NB=nbs/wing/name.ipynb, and keep what they show; look at the difference
+	$(BIN)/python nbs/execute.py --write $(NB)
 
 export: $(READY)  ## notebooks -> ept/, notebooks without what a session leaves in them, and the fingerprints of the code
 	$(BIN)/nbdev-clean
