@@ -18,6 +18,7 @@ from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 from ept.grid.configuration import check, resolve
 from ept.grid.profiles import SWEPT, load_profile, profile_files
+from ept.methods.catalogue import catalogue
 from ept.prompt.soft import EPTConfig
 from ept.utils.fingerprints import import_closure
 
@@ -253,6 +254,16 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
     assert reached("search") | {"training.curves"} == reached("train") and reached("report") >= shown
     checkpoints = {name.split(".", 1)[1] for name in import_closure("ept.training.training")}
     assert not checkpoints & {*shown, *made, "grid.records", "training.evaluation"}, "editing a figure discards no killed run"
+
+
+def test_a_new_method_makes_no_other_methods_runs_stale():
+    """No stage and no method reaches the module of another: what is shared is below, and methods are imported by their names."""
+    methods = catalogue()
+    for module in methods.values():
+        assert set(import_closure(module)) & set(methods.values()) == {module}
+    for stage in PIPELINE:
+        assert not set(import_closure(stage)) & set(methods.values()), stage.stem
+    assert "ept.methods.registry" in import_closure("ept.training.training"), "but the registry is part of training"
 
 
 def test_a_stage_depends_on_its_own_parameters(grid):
