@@ -66,7 +66,7 @@ test: lint  ## ruff, then every notebook, its outputs compared with the committe
 	$(BIN)/python nbs/execute.py
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
-test-quick: $(READY)  ## the tests that take seconds
+test-quick: $(READY)  ## the tests that are not marked slow
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
 
 outputs: $(READY)  ## execute the notebooks, or NB=nbs/wing/name.ipynb, and keep what they show; look at the difference

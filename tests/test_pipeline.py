@@ -354,3 +354,11 @@ def test_a_task_more_is_a_line_more(clone, back):
     assert clone.reproduce() == sorted(["plan", "report", *(f"rte:{s}" for s in ("prepare", "reference@frozen-0", *OF_A_TASK))])
     clone.write(PARAMETERS)
     assert not (clone.root / "tasks/rte/dvc.yaml").exists() and clone.reproduce() == ["plan", "report"]
+
+
+@pytest.mark.slow
+def test_a_folder_that_is_not_there_is_named(clone, back):
+    """Nothing is pulled, nothing runs, and what is missing is said once."""
+    clone.write({**PARAMETERS, "backbone": {"name": "mine", "folder": "models/mine"}})
+    said = clone.call("nbs/pipelines/reproduce.py", fails=True)
+    assert said.strip() == "error: params.yaml names the folder 'models/mine', and there is none in the repository; bring it there, or mend the name"

@@ -101,7 +101,9 @@ def words(page):
 
 def test_the_readme_is_short(readme):
     assert words("one, two | three\n```bash\nfour five\n```\n- `six`") == 4
-    assert words(readme) < 1200
+    methods = re.search(r"(?ms)^## Methods\n(.+?)(?=^## )", readme)[1]
+    table = "\n".join(line for line in methods.splitlines() if line.startswith("|"))
+    assert words(readme) - words(table) < 1005, "under 1,200 with the 195 of the methods; a method more is a row more"
 
 
 def test_the_readme_tells_things_in_order(readme):

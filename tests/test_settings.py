@@ -2,15 +2,21 @@
 
 import errno
 import os
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import yaml
 
+from ept.grid.profiles import load_profile
 from ept.prompt.decomposition import check_budget
 from ept.prompt.soft import EPTConfig
 from ept.utils.checking import from_dict, unknown
 from ept.utils.files import write_atomic, write_json
 from ept.utils.settings import Settings, load_settings
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, monkeypatch):
@@ -117,3 +123,22 @@ def test_the_derived_rank_is_the_largest_that_fits(l, m, s, d):
     assert check_budget(l, m, s, d, rank, modules) == config.num_parameters(d) <= l * d
     with pytest.raises(ValueError, match=f"the largest rank that fits is {rank}"):
         check_budget(l, m, s, d, rank + 1, modules)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": {"folder": "models/mine"}}, "backbone.name is missing; backbone needs name"),
+        ({"backbone": {"name": "mine", "folder": "/models/mine"}}, "backbone.folder is '/models/mine'; give a path from the repository's root"),
+        ({"backbone": {"name": "mine", "folder": "../mine"}}, "backbone.folder is '../mine'; give a path from the repository's root"),
+        ({"backbone": {"name": "nbs/methods"}}, "backbone.name is 'nbs/methods', a folder here; write backbone: {name: what records call it, folder: nbs/methods}"),
+        ({"grid": {"methods": ["pt"]}}, "grid.seeds is missing; grid needs tasks, methods, seeds"),
+        ({"data": {"folder": "data"}}, "data.source is missing; data needs source"),
+    ],
+)
+def test_what_a_profile_lacks_is_named(changes, message, tmp_path):
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(yaml.safe_load((ROOT / "params.yaml").read_text()) | changes))
+    (tmp_path / "settings.ini").touch()
+    (tmp_path / "nbs" / "methods").mkdir(parents=True)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_profile(tmp_path / "params.yaml")

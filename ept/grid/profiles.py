@@ -29,6 +29,15 @@ class BackboneChoice:
     revision: str | None = None  # commit on the hub; None is resolved at the first download and recorded
     folder: str | None = None  # where it is, relative to the repository's root; None is fetched by its name
 
+    def __post_init__(self):
+        _check_inside("backbone.folder", self.folder)
+
+
+def _check_inside(name, folder):
+    "Refuse a folder outside of the repository: DVC would not follow it, and another machine would not have it."
+    if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
+        raise ValueError(f"{name} is {folder!r}; give a path from the repository's root that stays inside it, such as 'models/tiny-gpt2'")
+
 
 @dataclass(frozen=True)
 class DataChoice:
@@ -48,6 +57,7 @@ class DataChoice:
             raise unknown("data source", self.source, kinds)
         if (self.folder is not None) != (self.source == "embedded"):
             raise ValueError(f"data.source is {self.source!r} and data.folder {self.folder!r}; {kinds[self.source]} data.folder")
+        _check_inside("data.folder", self.folder)
         for split in self.subsample:
             if split not in SPLITS:
                 raise unknown("split", split, SPLITS)
@@ -387,4 +397,7 @@ def load_profile(
     profile = from_dict(Profile, {**values, **entries, "grid": grid, "own": _own_tasks(path.parent, grid["tasks"]), "file": path})
     if path.parent.parent.name == "profiles" and profile.profile != path.parent.name:
         raise ValueError(f"{file} says profile {profile.profile!r}; it must be {path.parent.name!r}, as its folder is called")
+    name = profile.backbone.name
+    if profile.backbone.folder is None and (repository_root(path.parent) / name).is_dir():
+        raise ValueError(f"{file}: backbone.name is {name!r}, a folder here; write backbone: {{name: what records call it, folder: {name}}}")
     return profile

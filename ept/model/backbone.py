@@ -186,7 +186,7 @@ def _unreachable(name, error):
     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return FileNotFoundError(
         f"backbone {name!r} is neither a readable folder nor in the hub's cache, and the hub did not deliver it ({reason});"
-        " check the name and the network, set HF_HOME to a filled cache, or pass a local folder"
+        " check the name and the network, set HF_HOME to a filled cache, or pass a local folder; in a profile that is backbone: {name: ..., folder: ...}"
         f" (known names: {', '.join(SOURCES)})"
     )
 

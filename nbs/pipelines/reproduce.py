@@ -124,6 +124,9 @@ def main(arguments=None):
         return 1
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     missing = [name for name in (profile.data.folder, profile.backbone.folder) if name and not (ROOT / name).exists()]
+    if strange := [name for name in missing if not (ROOT / f"{name}.dvc").exists()]:
+        print(f"error: {os.path.relpath(profile.file)} names the folder {strange[0]!r}, and there is none in the repository; bring it there, or mend the name", file=sys.stderr)
+        return 1
     if missing and (failed := subprocess.run([*DVC, "pull", "-q", *(f"{name}.dvc" for name in missing)], cwd=ROOT, env=environment).returncode):
         return failed
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this process ends its jobs
