@@ -64,10 +64,10 @@ lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how 
 
 test: lint  ## ruff, then every notebook, its outputs compared with the committed ones, then every test
 	$(BIN)/python nbs/execute.py
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 test-quick: $(READY)  ## the tests that are not marked slow
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder -m "not slow"
 
 outputs: $(READY)  ## execute the notebooks, or NB=nbs/wing/name.ipynb, and keep what they show; look at the difference
 	$(BIN)/python nbs/execute.py --write $(NB)

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 WIDTH, VOCABULARY = 32, 320
 
 gc.freeze()  # the Trainer collects garbage at each start; half a second each time, if it has to go over all imported modules
+
+
+def pytest_collection_modifyitems(items):
+    """Modules with slow tests first, so that no worker is left alone with them at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(autouse=True)
