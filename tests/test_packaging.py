@@ -174,3 +174,8 @@ def test_type_checkers_see_the_public_names():
     assert ast.unparse(told.test) == "TYPE_CHECKING" and all(isinstance(node, ast.ImportFrom) and node.level == 1 for node in told.body)
     assert {(alias.asname, node.module) for node in told.body for alias in node.names if alias.asname == alias.name} == set(ept._HOME_OF.items())
     assert all(getattr(ept, name) is not None for name in ept.__all__)
+
+
+def test_the_trainer_is_imported_when_there_is_something_to_train():
+    code = "import sys; from ept import train; sys.exit('transformers.trainer' in sys.modules or 'peft' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
