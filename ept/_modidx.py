@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ept.grid.preparation': { 'ept.grid.preparation._place': ('grid/preparation.html#_place', 'ept/grid/preparation.py'),
                                       'ept.grid.preparation.prepare': ('grid/preparation.html#prepare', 'ept/grid/preparation.py'),
                                       'ept.grid.preparation.read_rows': ('grid/preparation.html#read_rows', 'ept/grid/preparation.py'),
+                                      'ept.grid.preparation.rows_chosen': ('grid/preparation.html#rows_chosen', 'ept/grid/preparation.py'),
                                       'ept.grid.preparation.write_rows': ('grid/preparation.html#write_rows', 'ept/grid/preparation.py')},
             'ept.grid.profiles': { 'ept.grid.profiles.BackboneChoice': ('grid/profiles.html#backbonechoice', 'ept/grid/profiles.py'),
                                    'ept.grid.profiles.BackboneChoice.__post_init__': ( 'grid/profiles.html#backbonechoice.__post_init__',

@@ -23,6 +23,8 @@ from ept.data.metrics import majority_score
 from ept.data.parts import PARTS, part_of, shared_text
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import SPLITS, TASKS, HubSource, Task
+from ept.grid.preparation import prepare, read_rows, rows_chosen
+from ept.grid.profiles import load_profile
 from tests.conftest import byte_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -210,6 +212,24 @@ def test_a_part_is_what_it_always_was():
     digest = hashlib.sha256(b"mnli\nit rains.").digest()
     assert part_of("mnli", row) == PARTS[digest[7] % 2]
     assert "unknown part 'prompt'" in failure(lambda: load_task("rte", part="prompt"))
+
+
+def test_a_profile_takes_its_part_and_says_so(tmp_path, monkeypatch):
+    write_hub(tmp_path / "real", "rte", train=hub_rows("rte", 60), validation=hub_rows("rte", 30, 500))
+    (tmp_path / "settings.ini").write_text("")
+    text = "profile: x\nbackbone: {name: embedded}\ndata: {source: benchmark, CHOICE}\ngrid: {methods: [pt], seeds: [0]}\ntasks: {rte: {}}"
+    monkeypatch.setenv("EPT_DATA_SOURCE", "local")
+    monkeypatch.setenv("EPT_DATA_FOLDER", str(tmp_path / "real"))
+    kept, rows = {}, {}
+    for choice in ("subsample: {test: 5}", "subsample: {test: 5}, part: prompts, skip: {test: 5}"):
+        (tmp_path / "params.yaml").write_text(text.replace("CHOICE", choice))
+        prepare(load_profile(tmp_path / "params.yaml"), "rte")
+        kept[choice], rows[choice] = rows_chosen(tmp_path / "runs/data/rte"), read_rows(tmp_path / "runs/data/rte")
+    (all_of_it, first), (chosen, later) = zip(kept.values(), rows.values())
+    assert all_of_it == {} and chosen["skip"] == {"test": 5}
+    assert chosen["part"]["name"] == "prompts" and chosen["part"]["by"] == ["sentence1"] and sum(chosen["part"]["rows"].values()) == 60
+    assert len(first["train"]) == 60 and len(later["train"]) == chosen["part"]["rows"]["prompts"]
+    assert first["validation"][:] == later["validation"][:] and not set(first["test"]["sentence1"]) & set(later["test"]["sentence1"])
 
 
 @real_data

@@ -46,6 +46,8 @@ class DataChoice:
     source: str  # "embedded": made up, from the folder; "benchmark": the real rows, from where settings.ini says; "own": every task names its files
     folder: str | None = None  # of embedded data, relative to the repository's root
     subsample: dict[str, int] = field(default_factory=dict)  # most examples of a split; {} is all
+    part: str | None = None  # of a benchmark's training rows: "prompts" leaves those out that a backbone may have been trained on; None is all
+    skip: dict[str, int] = field(default_factory=dict)  # examples of a split that a `subsample` of that size takes are left out; {} is none
 
     def __post_init__(self):
         kinds = {
@@ -58,7 +60,9 @@ class DataChoice:
         if (self.folder is not None) != (self.source == "embedded"):
             raise ValueError(f"data.source is {self.source!r} and data.folder {self.folder!r}; {kinds[self.source]} data.folder")
         _check_inside("data.folder", self.folder)
-        for split in self.subsample:
+        if self.part not in (None, "prompts") or (self.part and self.source != "benchmark"):
+            raise ValueError(f"data.part is {self.part!r} and data.source {self.source!r}; only benchmarks are parted, and prompts get the part 'prompts'")
+        for split in (*self.subsample, *self.skip):
             if split not in SPLITS:
                 raise unknown("split", split, SPLITS)
 

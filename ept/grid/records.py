@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.metrics import majority_score
-from .preparation import read_rows
+from .preparation import read_rows, rows_chosen
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
 from ..methods.catalogue import module_of
@@ -68,6 +68,7 @@ def make_record(
         "n": number[task.score],
         "metrics": {m: {"value": round(metrics[m], 4), "majority": v, "n": number[m]} for m, v in _majority(task, data).items()},
         "examples": {split: len(rows) for split, rows in data.items()},
+        **({"rows": chosen} if (chosen := rows_chosen(Paths(plan.profile).data(plan.task))) else {}),
         "trainable_parameters": saved["trainable_parameters"],
         "adapter_bytes": saved["adapter_bytes"],
         "chosen_step": saved["chosen_step"],
