@@ -230,11 +230,11 @@ def _public(task, read):
 
 def _from_embedded(task, folder):
     "The public splits of a synthetic benchmark: from its folder, else generated in memory."
-    if folder is not None:
-        return _from_folder(task, folder)
-    folder = repository_root() / "data"
-    if (folder / task.hub.folder).is_dir():
-        return _from_folder(task, folder)
+    place = Path(folder or repository_root() / "data")
+    if folder is not None or (place / task.hub.folder).is_dir():
+        frames, place = _from_folder(task, place), place / task.hub.folder
+        public = task.hub.test is None and _parquet_files(place, "test")  # that of a benchmark hides its labels, and is not read
+        return {**frames, "test": _read_split(task, place, "test")} if public else frames
     synthetic = import_module("ept.data.synthetic")  # by name: a stage reads rows from files, and the grammar is no part of its code
     if task.name not in synthetic.MAKERS:
         raise ValueError(f"no rows are made up for task {task.name!r}; there are some for {', '.join(synthetic.MAKERS)}.{_ways(task)}")
