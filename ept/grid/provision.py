@@ -12,8 +12,8 @@ from functools import partial
 import torch
 
 from .profiles import Paths, Profile
-from ..methods.merging import apply_update
 from ..model.backbone import Backbone, load_backbone, materialise
+from ..model.updates import apply_update
 from ..utils.files import write_json
 from ..utils.settings import load_settings
 
