@@ -21,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench lint test test-quick outputs export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status pipeline profile data backbone bench lint test test-quick outputs export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,11 @@ profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FRO
 
 pipeline: $(READY)  ## the files of DVC, written from every params.yaml (`make reproduce` does it for its profile)
 	@$(BIN)/python nbs/pipelines/layout.py
+
+data: $(READY)  ## make the synthetic rows anew and keep them in store/; the same bytes each time
+	$(BIN)/python nbs/pipelines/synthesise.py
+	$(BIN)/dvc add -q data
+	$(BIN)/dvc push -q data.dvc
 
 backbone: $(READY)  ## train the embedded backbone anew and keep it in store/; NAME=smollm2-multitask: the update of SmolLM2 (hours)
 	$(if $(NAME:embedded=),$(MAKE) smollm2-weights)
