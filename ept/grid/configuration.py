@@ -70,7 +70,7 @@ def _list_of(grid, method):
     "Which list of a grid names a method."
     return "transfer" if method in grid.transfer else "references" if method in grid.references else "methods"
 
-# %% ../../nbs/grid/51_configuration.ipynb #f410eab1
+# %% ../../nbs/grid/51_configuration.ipynb #3d537612
 def stated_values(
     profile: Profile,
     method: str,
@@ -97,7 +97,7 @@ def _check_search(profile):
         for name, value in stated_values(profile, method).items():
             allowed = search.rates.get(name) or search.sizes[method][name]
             if not (allowed[0] <= value <= allowed[1] if name in search.rates else value in allowed):
-                raise ValueError(f"{name} of {method!r} is {value} in the profile, and its search has {list(allowed)}; the first trial has the profile's own values: mend one of the two")
+                raise ValueError(f"{name} of {method!r} is {value} in the profile, and its search has {list(allowed)}; the first trial has the profile's own: mend one of the two")
 
 # %% ../../nbs/grid/51_configuration.ipynb #0a3d36f6
 def check_sizes(

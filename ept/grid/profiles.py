@@ -367,6 +367,10 @@ class Paths:
         "Folder from which a killed run goes on; gone when the run is whole."
         return self.runs / "checkpoints" / key
 
+    def journal(self, method: str) -> Path:
+        "File of the trials of a method's search."
+        return self.runs / "search" / f"{method}.journal"
+
     def cost(self, key: str) -> Path:
         "File of what a run has cost: seconds, memory. It differs from run to run, and no result depends on it."
         return self.runs / "costs" / f"{key}.json"

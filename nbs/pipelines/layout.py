@@ -26,7 +26,7 @@ PROJECT = {  # what makes a folder a DVC project
     ".dvc/config": "[core]\n    analytics = false\n    check_update = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     ".dvc/plots/curves.json": (ROOT / ".dvc" / "plots" / "curves.json").read_text(),
-    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\n",
+    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\nruns/search\n",
 }
 
 
