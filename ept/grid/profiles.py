@@ -86,14 +86,14 @@ class Search:
     sampler_seed: int = 0  # of what proposes values
     rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # name -> lowest and highest; searched on a log scale by the methods that have it
     sizes: dict[str, dict[str, tuple[Any, ...]]] = field(default_factory=dict)  # method -> size -> values to choose from
-    like: dict[str, str] = field(default_factory=dict)  # method -> the method whose choice it takes; it has no trials of its own
+    like: dict[str, str] = field(default_factory=dict)  # method -> the method whose choice it takes; the former has no trials of its own
     origin: str | None = field(default=None, metadata={"name": "from"})  # profile whose choices are taken; None is this one
 
     def __post_init__(self):
-        own = {name: getattr(self, name) for name in ("tasks", "seeds", "rates", "sizes") if getattr(self, name)}
+        own = {name: getattr(self, name) for name in ("tasks", "seeds", "rates", "sizes", "like") if getattr(self, name)}
         if self.origin and own:
             raise ValueError(f"search.from takes the choices of profile {self.origin!r}, so search.{next(iter(own))} has no meaning here; remove one of the two")
-        if not self.origin and (own or self.like) and not (self.tasks and self.seeds and (self.rates or self.sizes)):
+        if own and not (self.tasks and self.seeds and (self.rates or self.sizes)):
             raise ValueError("a search needs search.tasks, search.seeds, and search.rates or search.sizes; name all of them, or another profile in search.from")
         for name in ("tasks", "seeds"):
             if len(set(listed := getattr(self, name))) < len(listed):
@@ -237,7 +237,7 @@ def _check_sources(grid):
                 f" name some tasks of the grid there: {', '.join(grid.tasks)}"
             )
 
-# %% ../../nbs/grid/50_profiles.ipynb #2451427b
+# %% ../../nbs/grid/50_profiles.ipynb #20eec3e5
 def _check_search(grid, search):
     "Refuse a search that names what is not in the grid, or what nothing would come of."
     trained = [method for method in grid.methods if method not in grid.references]
@@ -251,7 +251,7 @@ def _check_search(grid, search):
             if method not in trained:
                 raise ValueError(f"search.{name}: {unknown('method', method, trained)}; it has to be a method of the grid that trains")
     for method, other in search.like.items():
-        if method in search.sizes or other in search.like or (other not in trained and not search.origin):
+        if method in search.sizes or other in search.like or other not in trained:
             raise ValueError(f"search.like: {method!r} takes what {other!r} has chosen; {other!r} has to have trials of its own, and {method!r} no search.sizes")
 
 # %% ../../nbs/grid/50_profiles.ipynb #91702db4
@@ -427,7 +427,7 @@ def profile_files(
     files = [root / "params.yaml", *sorted(root.glob("profiles/*/params.yaml"))]
     return {str(_read_yaml(file).get("profile")) if file.parent == root else file.parent.name: file for file in files if file.exists()}
 
-# %% ../../nbs/grid/50_profiles.ipynb #ba4d7335
+# %% ../../nbs/grid/50_profiles.ipynb #1ca1b476
 def _check_origin(profile):
     "Refuse to take the choices of a profile that is not there, or that chooses nothing."
     origin = profile.search.origin
@@ -440,12 +440,11 @@ def _check_origin(profile):
 
 @patch
 def choice_file(self: Profile, method: str) -> Path | None:
-    "Where the search that decides for a method has written its choice; None where nothing is searched."
+    "The record of the search that decides for a method, of this profile or of another; None where nothing is searched."
     if not self.searched or method in self.grid.references:
         return None
     origin = self.search.origin
-    folder = profile_files(repository_root(self.file.parent))[origin].parent if origin else None
-    return Paths(self, folder).record("search", self.search.like.get(method, method))
+    return Paths(self, profile_files(repository_root(self.file.parent))[origin].parent if origin else None).record("search", method)
 
 # %% ../../nbs/grid/50_profiles.ipynb #dc657e14
 def load_profile(

@@ -6,11 +6,12 @@
 __all__ = ['keep_source', 'source_folders', 'train_run']
 
 # %% ../../nbs/grid/54_runs.ipynb #8e683267
+import dataclasses
 import os
 import shutil
 from pathlib import Path
 
-from .configuration import check, resolve, with_choice
+from .configuration import check, read_choice, resolve
 from .preparation import read_rows
 from .profiles import Paths, Profile, RunPlan
 from .provision import open_backbone
@@ -52,16 +53,16 @@ def train_run(
     plan: RunPlan,
 ) -> Run:  # adapter folder, history, cost
     "Train one run of the grid and write its adapter and its cost."
-    plan = with_choice(plan)
-    paths, search, (training, sizes) = Paths(check(plan.profile)), plan.profile.search, resolve(plan)
+    found = read_choice(plan)
+    plan = dataclasses.replace(plan, chosen=found.get("chosen", {}))
+    paths, (training, sizes) = Paths(check(plan.profile)), resolve(plan)
     backbone = open_backbone(plan.profile, get_method(plan.method).precision)
     run = train(
         plan.profile.task(plan.task), plan.method, plan.seed, backbone, read_rows(paths.data(plan.task)), source_prompts=source_folders(plan),
         output_dir=paths.adapter(plan.key), checkpoint_dir=paths.checkpoint(plan.key), training=training, sizes=sizes, workers=load_settings().workers,
     )
-    if plan.chosen:
-        found = {"profile": search.origin or plan.profile.profile, "method": search.like.get(plan.method, plan.method)}
-        write_json(paths.adapter(plan.key) / "search.json", {"from": found, "chosen": plan.chosen})
+    if found:
+        write_json(paths.adapter(plan.key) / "search.json", found)
     name = {"task": plan.task, "method": plan.method, "seed": plan.seed, "profile": plan.profile.profile}
     write_json(paths.cost(plan.key), name | run.cost)
     return run

@@ -74,7 +74,7 @@ def _optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
-# %% ../../nbs/grid/54b_search.ipynb #89fe0a0e
+# %% ../../nbs/grid/54b_search.ipynb #ef3d3f53
 def run_trials(
     file: str | Path,  # the journal, made if needed
     name: str,  # of the search in the journal
@@ -82,7 +82,7 @@ def run_trials(
     first: dict[str, Any],  # the values of the first trial
     trials: int,  # how many
     seed: int,  # of the search
-    measure: Callable[[int, dict], dict[str, float | None]],  # number and values of a trial -> score of each task, None where training broke
+    measure: Callable[[int, dict], dict[str, float | None]],  # number, from 1, and values of a trial -> score of each task, None where training broke
     title: str = "search",  # for the lines that are printed
 ) -> list[dict]:  # the trials: number, values, score (mean over tasks, None where one broke), scores (by task)
     "Run the trials of a search, those left over from an interrupted one."
@@ -90,12 +90,12 @@ def run_trials(
     file.parent.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
     study = optuna.create_study(storage=storage, study_name=name, direction="maximize", load_if_exists=True)
-    done = [{"number": t.number, "values": {name: t.params[name] for name in space}, "score": t.value, "scores": t.user_attrs["scores"]} for t in study.trials[:trials]]
+    done = [{"number": t.number + 1, "values": {name: t.params[name] for name in space}, "score": t.value, "scores": t.user_attrs["scores"]} for t in study.trials[:trials]]
     while len(done) < trials:
         values = propose(space, done, seed) if done else first
-        scores = measure(len(done), values)
+        scores = measure(len(done) + 1, values)
         score = None if None in scores.values() else round(sum(scores.values()) / len(scores), 4)
-        done.append({"number": len(done), "values": {name: values[name] for name in space}, "score": score, "scores": scores})
+        done.append({"number": len(done) + 1, "values": {name: values[name] for name in space}, "score": score, "scores": scores})
         study.add_trial(_frozen(space, done[-1]))
         best = max((t["score"] for t in done if t["score"] is not None), default=None)
         print(f"trial {len(done)}/{trials} of {title}: {_shown(values)} -> {_score(score)}, best {_score(best)}", flush=True)
@@ -188,12 +188,14 @@ def _identity(profile, method, space, backbone):
     seen = [space, search.sampler_seed, resolved, model, code, [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]]
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()[:16]
 
-# %% ../../nbs/grid/54b_search.ipynb #4c8b5e8b
+# %% ../../nbs/grid/54b_search.ipynb #ad7ec1e1
 def search_method(
     profile: Profile,
-    method: str,  # of `Profile.tried`
+    method: str,  # one that has trials in the profile, or takes the choice of one
 ) -> dict:  # the record: what was searched, tried and chosen
     "Choose the learning rates and sizes of a method and write them down; `RuntimeError` where every training breaks."
+    if method in profile.search.like:
+        return _take_over(profile, method)
     if method not in profile.tried:
         raise ValueError(f"method {method!r} has no trials in profile {profile.profile!r}; those with trials: {', '.join(profile.tried) or 'none, for it has no search.tasks'}")
     search, paths = check(profile).search, Paths(profile)
@@ -213,7 +215,18 @@ def search_method(
     shutil.rmtree(folder, ignore_errors=True)
     return record
 
-# %% ../../nbs/grid/54b_search.ipynb #7edbbded
+# %% ../../nbs/grid/54b_search.ipynb #2907fd58
+def _take_over(profile, method):
+    "Write down the choice of the method that `search.like` names."
+    other, paths = profile.search.like[method], Paths(profile)
+    file = paths.record("search", other)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing; run the search stage of {other} first (make reproduce PROFILE={profile.profile})")
+    record = {**json.loads(file.read_text()), "method": method, "like": other}
+    write_json(paths.record("search", method), record)
+    return record
+
+# %% ../../nbs/grid/54b_search.ipynb #1257244f
 def trials_table(
     record: dict,  # of `search_method`
 ) -> pd.DataFrame:  # one row a trial: its values, the score of each task, their mean, percent; the best first
@@ -236,7 +249,7 @@ def plot_trials(
         panel.plot([t["values"][name] for t in sound], [t["score"] for t in sound], ".")
         broke = [t["values"][name] for t in trials if t["score"] is None]
         panel.plot(broke, [min(t["score"] for t in sound)] * len(broke), "x", color="#999999")
-        best = trials[record["best"]]
+        best = trials[record["best"] - 1]
         panel.plot(best["values"][name], best["score"], "o", markersize=10, fillstyle="none", color="black")
         panel.set(xlabel=name.replace("_", " "))
         panel.grid(color="#e9e9e9")
