@@ -188,7 +188,7 @@ profile: all-kinds
 backbone: {name: embedded, folder: backbone}
 data: {source: embedded, folder: data}
 grid: {references: [frozen], methods: [pt, ept], transfer: [spot], sources: [sst2, cola], seeds: [0, 1]}
-search: {factors: [0.5, 1, 2], steps: 2}
+search: {tasks: [cola], seeds: [100], trials: 3, steps: 2, rates: {learning_rate: [0.01, 3]}, like: {ept: pt}}
 sweep: {tasks: [cola], seeds: [0], sizes: [rank-1]}
 training: {steps: 4}
 tasks: {sst2: {}, cola: {}}
@@ -208,7 +208,7 @@ def layout():
 def stages(profile):
     """What is written for DVC: name -> stage, those of the profile and those of its first task."""
     written = layout()[0].generated(profile)
-    read = lambda file: yaml.safe_load(written[file])["stages"]
+    read = lambda file: {stage: body.get("do", body) for stage, body in yaml.safe_load(written[file])["stages"].items()}
     return {**read("dvc.yaml"), **read(f"tasks/{profile.grid.tasks[0]}/dvc.yaml")}
 
 
@@ -236,10 +236,10 @@ def parameters(stage):
 
 
 def test_the_pipeline_has_one_notebook_for_each_stage(grid):
-    assert {p.stem for p in PIPELINE} == {stage.removesuffix("-transfer") for stage in grid} - {"plan"}
+    assert {p.stem for p in PIPELINE} == {stage.split("-")[0] for stage in grid} - {"plan"}
     for stage, body in grid.items():
         if stage != "plan":
-            notebook = stage.removesuffix("-transfer")
+            notebook = stage.split("-")[0]
             assert f"run.py {notebook}" in body["cmd"] and ("plan.json", f"code.{notebook}") in parameters(body)
 
 
@@ -251,7 +251,8 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
     assert not reached("train") & {*shown, *made, "grid.records", "training.evaluation"}
     assert not reached("evaluate") & {*shown, *made, "training.training", "methods.registry"}
     assert not reached("report") & {*inside, "model.backbone", "data.loading"}
-    assert reached("search") | {"training.curves"} == reached("train") and reached("report") >= shown
+    assert reached("search") | {"training.curves"} == reached("train") | {"grid.search"} and reached("report") >= shown
+    assert "grid.search" not in reached("train"), "editing how trials are made retrains nothing"
     checkpoints = {name.split(".", 1)[1] for name in import_closure("ept.training.training")}
     assert not checkpoints & {*shown, *made, "grid.records", "training.evaluation"}, "editing a figure discards no killed run"
 
@@ -270,7 +271,8 @@ def test_a_stage_depends_on_its_own_parameters(grid):
     method = ("plan.json", "methods.${item.method}")
     own = {("params.yaml", "training"), method, ("params.yaml", "tasks.sst2")}
     assert parameters(grid["train"]) == own | {("plan.json", "code.train")}
-    assert parameters(grid["search"]) == own | {("plan.json", "code.search"), ("params.yaml", "search")}
+    assert parameters(grid["search"]) == {("params.yaml", "training"), method, ("params.yaml", "tasks.cola"), ("plan.json", "code.search"), ("params.yaml", "search")}
+    assert parameters(grid["search-like"]) == {("plan.json", "code.search")} and grid["search-like"]["deps"] == ["results/search/${item}.json"]
     assert parameters(grid["evaluate"]) == {("plan.json", "code.evaluate"), (method[0], f"{method[1]}.code")}
     assert parameters(grid["source"]) == {("plan.json", "code.source")}
     assert parameters(grid["reference"]) == {("plan.json", "code.reference"), ("plan.json", "text.sst2"), method}
@@ -279,10 +281,10 @@ def test_a_stage_depends_on_its_own_parameters(grid):
 
 
 def test_a_transfer_is_an_ordinary_run_that_waits_for_its_sources(grid):
-    for stage, seed in (("search", "search.seed"), ("train", "item.seed"), ("evaluate", None)):
+    for stage, seed, methods in (("search", "100", ["spot"]), ("train", "${item.seed}", "${grid.transfer}"), ("evaluate", None, "${grid.transfer}")):
         plain, transfer = grid[stage], grid[f"{stage}-transfer"]
-        assert set(transfer["deps"]) - set(plain["deps"]) == ({f"runs/sources/${{{seed}}}"} if seed else set())
-        assert transfer["matrix"] == plain["matrix"] | {"method": "${grid.transfer}"}
+        assert set(transfer["deps"]) - set(plain["deps"]) == ({f"runs/sources/{seed}"} if seed else set())
+        assert transfer["matrix"] == plain["matrix"] | {"method": methods}
         assert all(transfer[part] == plain[part] for part in set(plain) - {"matrix", "deps", "desc"})
 
 
@@ -294,7 +296,7 @@ def test_no_stage_where_there_is_nothing_to_do(whole):
 
 def test_the_search_depends_on_no_test_split(grid):
     deps = grid["search"]["deps"]
-    assert {d for d in deps if "/data/" in d} == {"runs/data/sst2/train.parquet", "runs/data/sst2/validation.parquet"}
+    assert {d for d in deps if "/data/" in d} == {"runs/data/cola/train.parquet", "runs/data/cola/validation.parquet"}
     assert not any(re.search(r"/(scores|predictions|adapters)/", d) for d in deps)
 
 
@@ -335,16 +337,16 @@ def test_make_knows_the_profiles(arguments, answer):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_jobs_share_the_grid(profile):
-    """Every stage once, sources before all that starts from them, and as much for one job as for another."""
+    """Every stage once, sources before all that starts from them, searches before the runs, and as much for one job as for another."""
     read = load_profile(PROFILES[profile])
-    start, (first, rest, sweep) = layout()[1].targets(read)
-    names = [*start, *(s for _, block in (*first, *rest, *sweep) for s in block)]
-    g, kept = read.grid, len(read.grid.sources) * len(read.grid.seeds)
-    trained = len(g.methods) - len(g.references)
-    per_task = trained * (len(g.seeds) * 2 + read.searched) + len(g.references) * len(g.seeds) + 1
-    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + kept + len(read.sweep_runs())
-    assert not any("sweep@" in s for _, block in (*first, *rest) for s in block), "the rates have to be searched before"
+    start, (first, tried, rest) = layout()[1].targets(read)
+    names = [*start, *(s for _, block in (*first, *tried, *rest) for s in block)]
+    g, kept = read.grid, len(read.grid.sources) * len(read.source_seeds)
+    per_task = (len(g.methods) - len(g.references)) * len(g.seeds) * 2 + len(g.references) * len(g.seeds) + 1
+    searches = len(g.methods) - len(g.references) if read.search.tasks else 0
+    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + kept + searches + len(read.sweep_runs())
     assert sum("source@" in s for _, block in first for s in block) == kept
+    assert [s for _, block in tried for s in block] == [s for s in names if "search" in s] and len(tried) == len(read.tried)
     assert not any("-transfer@" in s for _, block in first for s in block)
     for method in g.methods:
         shares = [sum(bool(re.search(rf"(train|train-transfer|reference)@{method}-{g.seeds[0]}$", s)) for i, b in rest if i % 2 == job for s in b) for job in (0, 1)]

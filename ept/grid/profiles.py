@@ -88,16 +88,36 @@ class Grid:
 # %% ../../nbs/grid/50_profiles.ipynb #2bbacb5d
 @dataclass(frozen=True)
 class Search:
-    "A search for learning rates: all rates of a run times each factor, chosen by the validation score."
+    "How the learning rates and sizes of methods are chosen: by trials, by those of another profile, or not at all."
 
-    factors: tuple[float, ...] = ()  # fewer than two: there is nothing to try, and the rates are used as they stand
-    steps: int = 100  # optimizer steps of each try
-    seed: int = 0  # of the tries; the choice holds for every seed of the grid
+    tasks: tuple[str, ...] = ()  # development tasks; none: nothing is tried here
+    seeds: tuple[int, ...] = ()  # of the trials; none of the grid's
+    trials: int = 16  # the same for every method that trains; the first has the values that the profile states
+    steps: int = 200  # optimizer steps of a trial on each task
+    sampler_seed: int = 0  # of what proposes values
+    rates: dict[str, tuple[float, ...]] = field(default_factory=dict)  # name -> lowest and highest; searched on a log scale by the methods that have it
+    sizes: dict[str, dict[str, tuple[Any, ...]]] = field(default_factory=dict)  # method -> size -> values to choose from
+    like: dict[str, str] = field(default_factory=dict)  # method -> the method whose choice it takes; the former has no trials of its own
+    origin: str | None = field(default=None, metadata={"name": "from"})  # profile whose choices are taken; None is this one
 
     def __post_init__(self):
-        if len(set(self.factors)) < len(self.factors) or not all(f > 0 for f in self.factors) or len(self.factors) == 1:
-            raise ValueError(f"search.factors is {list(self.factors)}; name at least two, each once and above 0, or leave `search` out to use the rates as they stand")
-        check_range(self, ("steps",), least=1, where="search")
+        own = {name: getattr(self, name) for name in ("tasks", "seeds", "rates", "sizes", "like") if getattr(self, name)}
+        if self.origin and own:
+            raise ValueError(f"search.from takes the choices of profile {self.origin!r}, so search.{next(iter(own))} has no meaning here; remove one of the two")
+        if own and not (self.tasks and self.seeds and (self.rates or self.sizes)):
+            raise ValueError("a search needs search.tasks, search.seeds, and search.rates or search.sizes; name all of them, or another profile in search.from")
+        for name in ("tasks", "seeds"):
+            if len(set(listed := getattr(self, name))) < len(listed):
+                raise ValueError(f"search.{name} is {list(listed)}; name each once")
+        check_range(self, ("trials", "steps"), least=1, where="search")
+        check_range(self, ("sampler_seed",), least=0, where="search")
+        for name, limits in self.rates.items():
+            if len(limits) != 2 or not 0 < limits[0] < limits[1] < float("inf"):
+                raise ValueError(f"search.rates.{name} is {list(limits)}; give the lowest and the highest rate, both above 0, such as [1.0e-3, 1]")
+        for method, sizes in self.sizes.items():
+            for name, values in sizes.items():
+                if len(set(values)) < max(2, len(values)):
+                    raise ValueError(f"search.sizes.{method}.{name} is {list(values)}; name at least two values, each once")
 
 # %% ../../nbs/grid/50_profiles.ipynb #280b6090
 SWEPT = ("short_length", "rank", "spaces")  # sizes of `ept` that a sweep may change: m, r, K
@@ -141,7 +161,7 @@ class Profile:
     tasks: dict[str, dict] = field(default_factory=dict)  # for every run on one task
     own: dict[str, Task] = field(default_factory=dict)  # those of the tasks that are read from a file
     file: Path | None = None  # where it was read
-    search: Search = field(default_factory=Search)  # for learning rates
+    search: Search = field(default_factory=Search)  # for learning rates and sizes
     sweep: Sweep = field(default_factory=Sweep)  # over sizes of `ept`
 
     def __post_init__(self):
@@ -156,8 +176,19 @@ class Profile:
 
     @property
     def searched(self) -> bool:
-        "Whether learning rates are searched."
-        return len(self.search.factors) > 1
+        "Whether learning rates and sizes come from a search, of this profile or of another."
+        return bool(self.search.tasks or self.search.origin)
+
+    @property
+    def tried(self) -> list[str]:
+        "The methods that have trials in this profile."
+        untried = {*self.grid.references, *self.search.like}
+        return [method for method in self.grid.methods if self.search.tasks and method not in untried]
+
+    @property
+    def source_seeds(self) -> list[int]:
+        "The seeds of all trainings that start from prompts of other tasks: the grid's, and those of its search."
+        return list(dict.fromkeys((*self.grid.seeds, *self.search.seeds))) if self.grid.transfer else []
 
     def __repr__(self):
         g = self.grid
@@ -182,7 +213,8 @@ def _check_lists(profile):
     for name, listed in (("tasks", profile.grid.tasks), ("methods", profile.grid.methods), ("seeds", profile.grid.seeds)):
         if not listed or len(set(listed)) < len(listed):
             raise ValueError(f"grid.{name} is {list(listed)}; it must name at least one, and each once")
-    _check_sources(profile.grid, profile.search)
+    _check_sources(profile.grid)
+    _check_search(profile.grid, profile.search)
     _check_sweep(profile.grid, profile.sweep)
 
 # %% ../../nbs/grid/50_profiles.ipynb #7d513245
@@ -199,7 +231,7 @@ def _check_sweep(grid, sweep):
         raise ValueError("sweep changes the sizes of 'ept' and takes the learning rates of its search; add 'ept' to grid.methods")
 
 
-def _check_sources(grid, search):
+def _check_sources(grid):
     "Refuse a transfer without something to start from."
     for task in grid.sources:
         if task not in grid.tasks:
@@ -215,8 +247,23 @@ def _check_sources(grid, search):
                 f"grid.transfer: {first!r} on {task!r} needs a source task other than {task!r}, but grid.sources is {list(grid.sources)};"
                 f" name some tasks of the grid there: {', '.join(grid.tasks)}"
             )
-    if search.factors and search.seed not in grid.seeds:
-        raise ValueError(f"search.seed is {search.seed}; with grid.transfer it must be one of grid.seeds, {list(grid.seeds)}: a try starts from that seed's sources")
+
+# %% ../../nbs/grid/50_profiles.ipynb #20eec3e5
+def _check_search(grid, search):
+    "Refuse a search that names what is not in the grid, or what nothing would come of."
+    trained = [method for method in grid.methods if method not in grid.references]
+    for task in search.tasks:
+        if task not in grid.tasks:
+            raise ValueError(f"search.tasks: {unknown('task', task, grid.tasks)}; a development task is a task of the grid")
+    if shared := set(search.seeds) & set(grid.seeds):
+        raise ValueError(f"search.seeds has {min(shared)}, which is one of grid.seeds; choose other seeds, so that nothing is judged by what it was chosen with")
+    for name, listed in (("sizes", search.sizes), ("like", search.like)):
+        for method in listed:
+            if method not in trained:
+                raise ValueError(f"search.{name}: {unknown('method', method, trained)}; it has to be a method of the grid that trains")
+    for method, other in search.like.items():
+        if method in search.sizes or other in search.like or other not in trained:
+            raise ValueError(f"search.like: {method!r} takes what {other!r} has chosen; {other!r} has to have trials of its own, and {method!r} no search.sizes")
 
 # %% ../../nbs/grid/50_profiles.ipynb #91702db4
 TEXT = ("max_length", "verbalizer")  # parameters that matter where nothing is trained
@@ -257,6 +304,7 @@ class RunPlan:
     method: str
     seed: int
     size: str | None = None  # of a run of the sweep: what is changed, see `Sweep`
+    chosen: dict[str, Any] = field(default_factory=dict)  # learning rates and sizes that a search has chosen
 
     @property
     def key(self) -> str:
@@ -270,9 +318,9 @@ class RunPlan:
 
     @property
     def values(self) -> dict[str, Any]:
-        "The parameters of the run: `training`, then the method's entry, the task's, the sweep's size; the last one wins."
+        "The parameters of the run: `training`, then the method's entry, the search's choice, the task's entry, the sweep's size; the last one wins."
         p = self.profile
-        return {**p.training, **p.methods.get(self.method, {}), **p.tasks.get(self.task, {}), **self.overrides}
+        return {**p.training, **p.methods.get(self.method, {}), **self.chosen, **p.tasks.get(self.task, {}), **self.overrides}
 
     def __repr__(self):
         return f"RunPlan({self.profile.profile}: {self.key})"
@@ -330,12 +378,16 @@ class Paths:
         "Folder from which a killed run goes on; gone when the run is whole."
         return self.runs / "checkpoints" / key
 
+    def journal(self, method: str) -> Path:
+        "File of the trials of a method's search."
+        return self.runs / "search" / f"{method}.journal"
+
     def cost(self, key: str) -> Path:
         "File of what a run has cost: seconds, memory. It differs from run to run, and no result depends on it."
         return self.runs / "costs" / f"{key}.json"
 
     def record(self, kind: str, key: str) -> Path:
-        'A file below `results/`: of a run in "scores" or "predictions"; of task and method in "search"; of a task or the backbone in "origins".'
+        'A file below `results/`: of a run in "scores" or "predictions"; of a method in "search"; of a task or the backbone in "origins".'
         return self.results / kind / f"{key}.{'csv' if kind == 'predictions' else 'json'}"
 
     def known_revision(
@@ -386,6 +438,25 @@ def profile_files(
     files = [root / "params.yaml", *sorted(root.glob("profiles/*/params.yaml"))]
     return {str(_read_yaml(file).get("profile")) if file.parent == root else file.parent.name: file for file in files if file.exists()}
 
+# %% ../../nbs/grid/50_profiles.ipynb #1ca1b476
+def _check_origin(profile):
+    "Refuse to take the choices of a profile that is not there, or that chooses nothing."
+    origin = profile.search.origin
+    known = {name: file for name, file in profile_files(repository_root(profile.file.parent)).items() if name != profile.profile}
+    if origin not in known:
+        raise ValueError(f"search.from: {unknown('profile', origin, known)}")
+    if not (_read_yaml(known[origin]).get("search") or {}).get("tasks"):
+        raise ValueError(f"search.from names profile {origin!r}, which has no search.tasks and chooses nothing; give it a search, or name another profile")
+
+
+@patch
+def choice_file(self: Profile, method: str) -> Path | None:
+    "The record of the search that decides for a method, of this profile or of another; None where nothing is searched."
+    if not self.searched or method in self.grid.references:
+        return None
+    origin = self.search.origin
+    return Paths(self, profile_files(repository_root(self.file.parent))[origin].parent if origin else None).record("search", method)
+
 # %% ../../nbs/grid/50_profiles.ipynb #dc657e14
 def load_profile(
     file: str | Path = "params.yaml",  # relative to the working folder, else to the repository's root
@@ -411,4 +482,6 @@ def load_profile(
     name = profile.backbone.name
     if profile.backbone.folder is None and (repository_root(path.parent) / name).is_dir():
         raise ValueError(f"{file}: backbone.name is {name!r}, a folder here; write backbone: {{name: what records call it, folder: {name}}}")
+    if profile.search.origin:
+        _check_origin(profile)
     return profile

@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..model.backbone import keep_freed_memory
 from ..model.modeling import EPTModel
-from .config import NonFiniteLoss, TrainingConfig
+from .config import RATES, NonFiniteLoss, TrainingConfig
 from ..utils.files import write_json
 
 # %% ../../nbs/training/43_trainer.ipynb #6cabd5a6
@@ -112,9 +112,8 @@ def optimizer_groups(
     training: TrainingConfig,
 ) -> list[dict]:  # for torch's AdamW
     "The parameter groups, one learning rate each."
-    rates = {"prompt": training.learning_rate, "pair": training.pair_learning_rate, "modules": training.module_learning_rate, "weights": training.weight_learning_rate}
     return [
-        {"params": list(named.values()), "lr": rates[group], "weight_decay": training.weight_decay, "name": group}
+        {"params": list(named.values()), "lr": getattr(training, RATES[group]), "weight_decay": training.weight_decay, "name": group}
         for group, named in model.parameter_groups().items()
         if named
     ]
