@@ -47,7 +47,7 @@ def _majority(task, data):
     groups = test[task.group] if task.group else None
     return {m: round(majority_score(task, train, test["label"], groups, metric=m), 4) for m in task.metrics}
 
-
+# %% ../../nbs/grid/55_records.ipynb #808092bc
 def make_record(
     plan: RunPlan,
     backbone: "Backbone",
