@@ -6,6 +6,7 @@
 __all__ = ['GATES', 'each_token', 'pooled_prompt', 'pooled_text']
 
 # %% ../../nbs/prompt/12c_gates.ipynb #12cgat03
+import torch
 from torch import Tensor
 
 # %% ../../nbs/prompt/12c_gates.ipynb #12cgat05
@@ -29,10 +30,12 @@ def pooled_prompt(
 
 def pooled_text(
     prompt: Tensor,  # P, [m, d]
-    text: Tensor,  # embedded, [B, L, d]
-    text_mask: Tensor,  # True for the tokens of the text, [B, L]
-) -> Tensor:  # [B, m, d], float32
+    text: Tensor | None = None,  # embedded, [B, L, d]
+    text_mask: Tensor | None = None,  # True for the tokens of the text, [B, L]
+) -> Tensor:  # [B, m, d], float32; without a text [m, d]
     "The gates of all prompt tokens read the mean of the text; zero, which leaves them even, where there is no text."
+    if text is None:
+        return torch.zeros_like(prompt)
     read = text_mask[..., None].float()
     pooled = (text.float() * read).sum(1, keepdim=True) / read.sum(1, keepdim=True).clamp(min=1)
     return pooled.expand(-1, len(prompt), -1)

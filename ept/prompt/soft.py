@@ -335,8 +335,7 @@ def inside(self: SoftPrompt) -> dict[str, float]:
     if not len(self.embeddings):
         return {}
     offset, known = self.offsets()
-    nothing = self.embeddings.new_zeros(1, 1, self.embeddings.shape[1])  # a gate that reads the text stays even without one
-    terms = self.terms(known, nothing, nothing[..., 0] > 0)
+    terms = self.terms(known)  # a gate that reads the text is even without one
     covered = known if offset is None else offset[: self.config.covered_length]
     found = {"strength": self.fusion.strength.item()} if self.fusion else {}
     for name, part in (("fusion", terms.fusion), ("projection", terms.projection), ("offset", covered)):
