@@ -60,6 +60,11 @@ class Method:
         return self.adapts or self.resolve({})[0].short_length > 0
 
     @property
+    def reads_text(self) -> bool:
+        "Whether its prompt or offset depends on the text, so that it does not fold."
+        return not self.adapts and (self.kind.reads_text or self.resolve({})[0].text_gate)
+
+    @property
     def precision(self) -> str | None:
         "The backbone's number format that training needs; None where any will do."
         return self.kind.precision

@@ -175,6 +175,7 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
 
     rows, encoder, family = job.data["train"], job.encoder, job.backbone.family
     texts, targets = encoder.encode(rows), [encoder.candidates[encoder.target(label)] for label in rows["label"]]
+    job.model.prompt.cover(max(map(len, texts)))
     digest = hashlib.sha256(json.dumps([texts, targets, job.validation[1]]).encode()).hexdigest()
     identity = job.config | {"data": digest, "dtype": str(job.backbone.model.dtype)}
     checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
