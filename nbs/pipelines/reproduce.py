@@ -17,15 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC = [sys.executable, "-m", "dvc"]
-ROUNDS = ("sources", "runs", "sweep")  # see `targets`; they name the jobs and their logs
+ROUNDS = ("sources", "shared", "runs", "sweep")  # see `targets`; they name the jobs and their logs
 
 
 def targets(profile):
-    """Names of the stages: those that come first, then three rounds of blocks that may run side by side.
+    """Names of the stages: those that come first, then four rounds of blocks that may run side by side.
 
     A block is a task and a method: its search, then training and evaluation for each seed. The first round makes the prompts
-    from which other runs start; it is empty where none do. The last is the sweep, at learning rates that the second round has
-    searched. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the others, so that
+    from which other runs start, the second what these share; they are empty where nothing starts from them. The last is the
+    sweep, at learning rates that the third round has searched. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the others, so that
     no job has all the slow ones.
     """
     grid = profile.grid
@@ -38,13 +38,12 @@ def targets(profile):
         search = [f"{file(task)}:search{kind}@{method}"] if profile.searched else []
         return [*search, *(f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate"))]
 
-    sources = grid.sources if grid.transfer else ()
-    keep = lambda task: [f"dvc.yaml:source@{task}-{seed}" for seed in grid.seeds]
-    first = [(i, block(task, "pt") + keep(task)) for i, task in enumerate(sources)]
-    pairs = [(i + j, task, method) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
-    rest = [(i, block(task, method)) for i, task, method in pairs if not (method == "pt" and task in sources)]
+    plans = profile.source_plans()
+    sources = [(i, [f"dvc.yaml:source@{plan.task}-{plan.seed}"]) for i, plan in enumerate(plans) if plan.method == "pt"]
+    shared = [(i, [f"dvc.yaml:shared@{plan.seed}"]) for i, plan in enumerate(plans) if plan.method != "pt"]
+    runs = [(i + j, block(task, method)) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (first, rest, sweep)
+    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (sources, shared, runs, sweep)
 
 
 @contextmanager
@@ -66,7 +65,7 @@ def warm(environment):
 def run_grid(profile, jobs, environment, progress):
     "Bring the grid up to date with some jobs at a time; the exit status."
     folder, (first, rounds) = profile.file.parent, targets(profile)
-    jobs = max(1, min(jobs, len(rounds[1])))
+    jobs = max(1, min(jobs, len(rounds[2])))
     (folder / "runs" / "logs").mkdir(parents=True, exist_ok=True)
 
     def start(name, *words):
