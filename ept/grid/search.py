@@ -21,7 +21,7 @@ from .configuration import check, check_sizes, resolve, stated_values
 from .preparation import read_rows
 from .profiles import Paths, Profile, RunPlan
 from .provision import open_backbone
-from .runs import source_folders
+from .sources import source_folders
 from ..methods.catalogue import module_of
 from ..methods.registry import build_method, get_method
 from ..model.backbone import Backbone, fingerprint
