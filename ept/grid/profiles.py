@@ -28,9 +28,16 @@ class BackboneChoice:
     name: str  # what records call it; without a folder a name that `materialise` knows, or a hub id
     revision: str | None = None  # commit on the hub; None is resolved at the first download and recorded
     folder: str | None = None  # where it is, relative to the repository's root; None is fetched by its name
+    base: str | None = None  # the name it is fetched by, where records call it otherwise
+    update: str | None = None  # folder of a low-rank update that is merged into it, relative to the repository's root
 
     def __post_init__(self):
         _check_inside("backbone.folder", self.folder)
+        _check_inside("backbone.update", self.update)
+        if self.folder and self.base:
+            raise ValueError(f"backbone.folder is {self.folder!r} and backbone.base {self.base!r}; a backbone is in a folder, or it is fetched by the name of its base")
+        if self.update and not (self.folder or self.base):
+            raise ValueError(f"backbone.update is {self.update!r}, which makes another model of {self.name!r}; name that one backbone.base, and the new one otherwise")
 
 
 def _check_inside(name, folder):
@@ -46,6 +53,8 @@ class DataChoice:
     source: str  # "embedded": made up, from the folder; "benchmark": the real rows, from where settings.ini says; "own": every task names its files
     folder: str | None = None  # of embedded data, relative to the repository's root
     subsample: dict[str, int] = field(default_factory=dict)  # most examples of a split; {} is all
+    part: str | None = None  # of a benchmark's training rows: "prompts" leaves those out that a backbone may have been trained on; None is all
+    skip: dict[str, int] = field(default_factory=dict)  # examples of a split that a `subsample` of that size takes are left out; {} is none
 
     def __post_init__(self):
         kinds = {
@@ -58,7 +67,9 @@ class DataChoice:
         if (self.folder is not None) != (self.source == "embedded"):
             raise ValueError(f"data.source is {self.source!r} and data.folder {self.folder!r}; {kinds[self.source]} data.folder")
         _check_inside("data.folder", self.folder)
-        for split in self.subsample:
+        if self.part not in (None, "prompts") or (self.part and self.source != "benchmark"):
+            raise ValueError(f"data.part is {self.part!r} and data.source {self.source!r}; only benchmarks are parted, and prompts get the part 'prompts'")
+        for split in (*self.subsample, *self.skip):
             if split not in SPLITS:
                 raise unknown("split", split, SPLITS)
 

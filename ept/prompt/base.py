@@ -70,6 +70,10 @@ class Prompt(nn.Module, Kind):
         "G, [m, K], of a prompt that has a gate; `ValueError` for any other."
         raise ValueError("this prompt has no gate: projection is off or the prompt is folded; use an unfolded EPT prompt")
 
+    def inside(self) -> dict[str, float]:
+        "What a training keeps at every validation about the prompt's parts, name -> number; nothing for a prompt without any."
+        return {}
+
     def fold(self) -> "FoldedPrompt":
         "The constants that the prompt computes; `ValueError` where they depend on the text."
         if self.reads_text:

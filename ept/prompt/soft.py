@@ -6,6 +6,7 @@
 __all__ = ['INITIALISATIONS', 'EPTConfig', 'initial_prompt', 'SoftPrompt']
 
 # %% ../../nbs/prompt/13_soft.ipynb #6b34dcc9
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -179,3 +180,23 @@ class SoftPrompt(Prompt):
         if self.projection:
             prompt = prompt + self.projection(self.embeddings)
         return prompt, offset
+
+# %% ../../nbs/prompt/13_soft.ipynb #dd08ea73
+@patch
+@torch.no_grad()
+def inside(self: SoftPrompt) -> dict[str, float]:
+    "`strength`, g_f; `fusion`, `projection`, `offset`: rms of F, S and c*A@B over that of P; `gate_entropy`: mean over tokens, 1 is uniform. Each where its part is there."
+    if not len(self.embeddings):
+        return {}
+    rms = lambda x: x.square().mean().sqrt()
+    prompt, offset, found = self.embeddings, self.offset() if self.offset else None, {}
+    if self.fusion:
+        found |= {"strength": self.fusion.strength, "fusion": rms(self.fusion(prompt, offset)) / rms(prompt)}
+    if self.projection:
+        found["projection"] = rms(self.projection(prompt)) / rms(prompt)
+    if self.offset:
+        found["offset"] = rms(offset) / rms(prompt)
+    if self.projection and self.projection.gate is not None:
+        gates = self.projection.gate_weights(prompt)
+        found["gate_entropy"] = torch.special.entr(gates).sum(-1).mean() / math.log(gates.shape[-1])
+    return {name: float(value) for name, value in found.items()}

@@ -34,6 +34,7 @@ from ..model.backbone import Backbone, fingerprint
 from ..model.modeling import EPTModel
 from .batching import collate, plan_batches
 from .config import TrainingConfig
+from .inside import modules_moved
 from .ranking import predict, rank_labels
 from ..utils.files import write_atomic, write_json
 from ..utils.fingerprints import code_version
@@ -62,7 +63,7 @@ class Run:
     method: str
     seed: int
     adapter_dir: Path
-    history: pd.DataFrame  # step, loss, score (validation, percent); one row a logging or validation
+    history: pd.DataFrame  # step, loss, score (validation, percent), what the prompt says of its inside, reach_<group>; one row a logging or validation, NaN where it has none
     chosen_step: int  # the step whose prompt was best on validation
     validation_score: float  # its score, percent
     trainable_parameters: int
@@ -70,20 +71,20 @@ class Run:
     cost: dict = field(default_factory=dict)  # seconds, examples and tokens a second, bytes, device, precision
 
     def _repr_markdown_(self):
+        stayed = ", modules stayed at their start" if modules_moved(self.history) is False else ""
         return (
-            f"**{self.method}** on **{self.task}**, seed {self.seed}: validation {self.validation_score:.1f} at step {self.chosen_step}"
+            f"**{self.method}** on **{self.task}**, seed {self.seed}: validation {self.validation_score:.1f} at step {self.chosen_step}{stayed}"
             f", {self.trainable_parameters:,} trainable parameters, {self.cost.get('train_seconds', 0):.0f} s, `{self.adapter_dir}`"
         )
 
 # %% ../../nbs/training/44_training.ipynb #37d75904
 def _history(log):
-    "Losses and validation scores of a Trainer's log, one row a step."
+    "Losses and what the validations found, of a Trainer's log, one row a step."
     rows: dict[int, dict] = {}
     for entry in log:
         row = rows.setdefault(entry["step"], {"step": entry["step"], "loss": float("nan"), "score": float("nan")})
-        row["loss"] = entry.get("loss", row["loss"])
-        row["score"] = entry.get("eval_score", row["score"])
-    return pd.DataFrame(list(rows.values()), columns=["step", "loss", "score"])
+        row |= {name.removeprefix("eval_"): value for name, value in entry.items() if name == "loss" or name.startswith("eval_")}
+    return pd.DataFrame(list(rows.values()), columns=None if rows else ["step", "loss", "score"])
 
 
 def _processor(device):
@@ -179,7 +180,7 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
     pad_id, on_cpu = job.backbone.tokenizer.pad_token_id, job.backbone.model.device.type == "cpu"
     trainer = PromptTrainer(
         job.model, plan, list(zip(texts, targets)), lambda pairs: collate(*map(list, zip(*pairs)), family, pad_id), job.validate,
-        optimizer_groups(job.model, job.training), seconds, eval_dataset=rows, args=trainer_arguments(job.training, job.seed, on_cpu, checkpoint_dir, workers),
+        optimizer_groups(job.model, job.training), seconds, eval_dataset=rows, args=trainer_arguments(job.training, job.seed, on_cpu, checkpoint_dir, workers, bool(checkpoint)),
         callbacks=[ProgressBar(f"{job.method.name} on {job.task.name}")] if progress else None,
     )
     trainer.started = time.perf_counter()

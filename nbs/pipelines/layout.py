@@ -68,7 +68,7 @@ def rows_of(profile, task, root):
     "Files or folders of this repository in which a task's rows lie, relative to the profile's folder; none for the benchmarks."
     if task in profile.own:
         return [seen_from(profile.file.parent, file) for file in profile.own[task].data.files.values()]
-    return [f"{root}{profile.data.folder}"] if profile.data.folder else []
+    return [f"{root}{profile.data.folder}/{profile.task(task).hub.folder}"] if profile.data.folder else []
 
 
 def differences(profile):
