@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ept.methods.catalogue import SHARED
 from ept.methods.registry import METHODS, build_method, num_parameters
 from ept.methods.sources import SOURCE_TASKS
 from ept.model.modeling import EPTModel
@@ -46,7 +47,7 @@ def model(method, backbone):
 def build(method, model, **changes):
     "A method with small sizes; the prompts of source tasks are random, and always the same."
     generator, width = torch.Generator().manual_seed(9), model.get_input_embeddings().weight.shape[1]
-    sources = {task: torch.randn(SIZES["prompt_length"], width, generator=generator) for task in SOURCE_TASKS}
+    sources = {task: torch.randn(SIZES["prompt_length"], width, generator=generator) for task in (*SOURCE_TASKS, SHARED)}
     return build_method(method, model, source_prompts=sources, **SIZES | changes)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ept.data.tasks import Task
 from ept.grid.records import _saved, compact_json
+from ept.methods.catalogue import SHARED
 from ept.methods.registry import METHODS, build_method
 from ept.methods.sources import SOURCE_TASKS
 from ept.model.modeling import EPTModel
@@ -187,7 +188,7 @@ SMALL = dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
 
 def sources(length=60):
     generator = torch.Generator().manual_seed(2)
-    return {task: torch.randn(length, WIDTH, generator=generator) for task in SOURCE_TASKS}
+    return {task: torch.randn(length, WIDTH, generator=generator) for task in (*SOURCE_TASKS, SHARED)}
 
 
 @pytest.mark.parametrize("method", COMPARED)
@@ -199,8 +200,7 @@ def test_every_method_is_trained_and_evaluated_by_the_same_road(method, backbone
     assert evaluate(run.adapter_dir, TASK, backbone, data, split="validation").metrics["accuracy"] == pytest.approx(run.validation_score)
     record = json.loads((run.adapter_dir / "training.json").read_text())
     assert record["trainable_parameters"] == run.trainable_parameters > 0
-    used = METHODS[method].most_sources or len(SOURCE_TASKS)
-    assert list(record.get("source_prompts", {})) == (list(SOURCE_TASKS[:used]) if METHODS[method].sources else [])
+    assert list(record.get("source_prompts", {})) == list(METHODS[method].used(sources()))
 
 
 def test_the_weights_have_a_learning_rate_of_their_own(backbone):
@@ -223,9 +223,9 @@ def test_sources_are_runs_of_prompt_tuning(data, tmp_path):
     spot = train(TASK, "spot", 0, backbone, data, tmp_path / "s", source_prompts=folders, **options)
     recorded = [json.loads((run.adapter_dir / "training.json").read_text())["source_prompts"] for run in (one, spot)]
     assert list(recorded[0]) == ["mnli", "qnli"] and recorded[1] == {"mnli": recorded[0]["mnli"]}
-    with pytest.raises(ValueError, match="'mnli' is among its own source prompts; pass those of other tasks: qnli, qqp, sst2"):
-        train("mnli", "mpt", 0, backbone, data, tmp_path / "b", source_prompts=folders, **options)
-    with pytest.raises(ValueError, match="method 'mpt' starts from prompts of other tasks, and none is given"):
+    with pytest.raises(ValueError, match="'mnli' is among its own source prompts; pass those of other tasks: qnli, qqp, sst2, boolq, multirc"):
+        train("mnli", "attempt", 0, backbone, data, tmp_path / "b", source_prompts=folders, **options)
+    with pytest.raises(ValueError, match="method 'mpt' starts from a prompt that source tasks share, and none is given"):
         train(TASK, "mpt", 0, backbone, data, tmp_path / "b", **options)
 
 

@@ -59,7 +59,10 @@ def check(
         for name in values:
             if name not in (*TRAINING, *SIZES):
                 raise ValueError(f"{where}: {unknown('parameter', name, (*TRAINING, *SIZES))}")
-    for run in (*profile.runs(), *profile.sweep_runs()):
+    for name in profile.sources:
+        if name not in (*TRAINING, "shared_steps"):
+            raise ValueError(f"sources: {unknown('parameter', name, (*TRAINING, 'shared_steps'))}")
+    for run in (*profile.runs(), *profile.sweep_runs(), *profile.source_plans()):
         resolve(run)
     _check_search(profile)
     check_sizes(profile, _width(profile))

@@ -6,7 +6,7 @@
 __all__ = ['STARTUP', 'propose', 'run_trials', 'best_trial', 'shorten', 'search_space', 'search_method', 'trials_table',
            'plot_trials']
 
-# %% ../../nbs/grid/54b_search.ipynb #7d8ee984
+# %% ../../nbs/grid/54b_search.ipynb #cb4527a4
 import dataclasses
 import hashlib
 import json
@@ -21,7 +21,7 @@ from .configuration import check, check_sizes, resolve, stated_values
 from .preparation import read_rows
 from .profiles import Paths, Profile, RunPlan
 from .provision import open_backbone
-from .runs import source_folders
+from .sources import source_folders
 from ..methods.catalogue import module_of
 from ..methods.registry import build_method, get_method
 from ..model.backbone import Backbone, fingerprint

@@ -17,16 +17,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC = [sys.executable, "-m", "dvc"]
-ROUNDS = ("sources", "searches", "runs")  # see `targets`; they name the jobs and their logs
+ROUNDS = ("sources", "shared", "searches", "runs")  # see `targets`; they name the jobs and their logs
 
 
 def targets(profile):
-    """Names of the stages: those that come first, then three rounds of blocks that may run side by side.
+    """Names of the stages: those that come first, then four rounds of blocks that may run side by side.
 
-    The first round makes the prompts from which other runs start, the second searches, a block for each method; each is empty where
-    there is nothing to do. In the third a block is a task and a method, training and evaluation for each seed, or a run of the sweep.
-    Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the others, so that no job has all
-    the slow ones.
+    The first round makes the prompts from which other runs start, the second what these share, the third searches, a block for each
+    method; each is empty where there is nothing to do. In the last a block is a task and a method, training and evaluation for each
+    seed, or a run of the sweep. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the
+    others, so that no job has all the slow ones.
     """
     from layout import searches
 
@@ -39,14 +39,15 @@ def targets(profile):
         kind = "-transfer" if method in grid.transfer else ""
         return [f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate")]
 
-    sources = [[f"dvc.yaml:source@{task}-{seed}" for seed in profile.source_seeds] for task in (grid.sources if grid.transfer else ())]
+    plans = profile.source_plans()
+    sources = [(i, [f"dvc.yaml:source@{plan.task}-{plan.seed}"]) for i, plan in enumerate(plans) if plan.method == "pt"]
+    shared = [(i, [f"dvc.yaml:shared@{plan.seed}"]) for i, plan in enumerate(plans) if plan.method != "pt"]
     tried = [(f"dvc.yaml:search{suffix}@{method}", method) for suffix, methods in searches(profile).items() for method in methods]
     likes = lambda method: [f"dvc.yaml:search-like@{other}" for other, name in profile.search.like.items() if name == method]
-    pairs = [(i + j, task, method) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
-    runs = [(i, block(task, method)) for i, task, method in pairs]
+    search = [(i, [stage, *likes(method)]) for i, (stage, method) in enumerate(tried)]
+    runs = [(i + j, block(task, method)) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    rounds = list(enumerate(sources)), [(i, [stage, *likes(method)]) for i, (stage, method) in enumerate(tried)], [*runs, *sweep]
-    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], rounds
+    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (sources, shared, search, [*runs, *sweep])
 
 
 @contextmanager
