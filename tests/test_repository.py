@@ -287,7 +287,7 @@ def test_a_stage_depends_on_its_own_parameters(grid):
 
 
 def test_a_transfer_is_an_ordinary_run_that_waits_for_its_sources(grid):
-    for stage, seed, methods in (("search", "100", ["spot"]), ("train", "${item.seed}", "${grid.transfer}"), ("evaluate", None, "${grid.transfer}")):
+    for stage, seed, methods in (("search", "100", ["spot", "mpt"]), ("train", "${item.seed}", "${grid.transfer}"), ("evaluate", None, "${grid.transfer}")):
         plain, transfer = grid[stage], grid[f"{stage}-transfer"]
         assert set(transfer["deps"]) - set(plain["deps"]) == ({f"runs/sources/{seed}"} if seed else set())
         assert transfer["matrix"] == plain["matrix"] | {"method": methods}
@@ -355,11 +355,11 @@ def test_jobs_share_the_grid(profile):
     start, (sources, shared, tried, rest) = layout()[1].targets(read)
     names = [*start, *(s for _, block in (*sources, *shared, *tried, *rest) for s in block)]
     g, kept = read.grid, len(read.source_plans())
-    per_task = (len(g.methods) - len(g.references)) * len(g.seeds) * 2 + len(g.references) * len(g.seeds) + 1
-    searches = len(g.methods) - len(g.references) if read.search.tasks else 0
-    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + kept + searches + len(read.sweep_runs())
-    assert sum("source@" in s for _, block in sources for s in block) + sum("shared@" in s for _, block in shared for s in block) == kept
+    trained = len(g.methods) - len(g.references)
+    per_task = trained * len(g.seeds) * 2 + len(g.references) * len(g.seeds) + 1
+    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + kept + (trained if read.search.tasks else 0) + len(read.sweep_runs())
     assert [s for _, block in tried for s in block] == [s for s in names if "search" in s] and len(tried) == len(read.tried)
+    assert sum("source@" in s for _, block in sources for s in block) + sum("shared@" in s for _, block in shared for s in block) == kept
     for method in g.methods:
         shares = [sum(bool(re.search(rf"(train|train-transfer|reference)@{method}-{g.seeds[0]}$", s)) for i, b in rest if i % 2 == job for s in b) for job in (0, 1)]
         assert abs(shares[0] - shares[1]) <= 1, method

@@ -186,17 +186,6 @@ class Profile:
         "Whether learning rates and sizes come from a search, of this profile or of another."
         return bool(self.search.tasks or self.search.origin)
 
-    @property
-    def tried(self) -> list[str]:
-        "The methods that have trials in this profile."
-        untried = {*self.grid.references, *self.search.like}
-        return [method for method in self.grid.methods if self.search.tasks and method not in untried]
-
-    @property
-    def source_seeds(self) -> list[int]:
-        "The seeds of all trainings that start from prompts of other tasks: the grid's, and those of its search."
-        return list(dict.fromkeys((*self.grid.seeds, *self.search.seeds))) if self.grid.transfer else []
-
     def __repr__(self):
         g = self.grid
         size = f"{len(g.tasks)} tasks x {len(g.methods)} methods x {len(g.seeds)} seeds"
@@ -254,6 +243,19 @@ def _check_sources(grid):
                 f"grid.transfer: {first!r} on {task!r} needs a source task other than {task!r}, but grid.sources is {list(grid.sources)};"
                 f" name some tasks of the grid there: {', '.join(grid.tasks)}"
             )
+
+# %% ../../nbs/grid/50_profiles.ipynb #f812c3a9
+@patch(as_prop=True)
+def tried(self: Profile) -> list[str]:
+    "The methods that have trials in this profile."
+    untried = {*self.grid.references, *self.search.like}
+    return [method for method in self.grid.methods if self.search.tasks and method not in untried]
+
+
+@patch(as_prop=True)
+def source_seeds(self: Profile) -> list[int]:
+    "The seeds of all trainings that start from prompts of other tasks: the grid's, and those of its search."
+    return list(dict.fromkeys((*self.grid.seeds, *self.search.seeds))) if self.grid.transfer else []
 
 # %% ../../nbs/grid/50_profiles.ipynb #20eec3e5
 def _check_search(grid, search):

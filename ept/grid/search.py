@@ -6,7 +6,7 @@
 __all__ = ['STARTUP', 'propose', 'run_trials', 'best_trial', 'shorten', 'search_space', 'search_method', 'trials_table',
            'plot_trials']
 
-# %% ../../nbs/grid/54b_search.ipynb #7d8ee984
+# %% ../../nbs/grid/54b_search.ipynb #cb4527a4
 import dataclasses
 import hashlib
 import json
@@ -74,7 +74,7 @@ def _optuna():
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 
-# %% ../../nbs/grid/54b_search.ipynb #ef3d3f53
+# %% ../../nbs/grid/54b_search.ipynb #ebb4887d
 def run_trials(
     file: str | Path,  # the journal, made if needed
     name: str,  # of the search in the journal
@@ -101,7 +101,7 @@ def run_trials(
         print(f"trial {len(done)}/{trials} of {title}: {_shown(values)} -> {_score(score)}, best {_score(best)}", flush=True)
     return done
 
-
+# %% ../../nbs/grid/54b_search.ipynb #62be7a50
 def _shown(values):
     "Values in a line."
     return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())

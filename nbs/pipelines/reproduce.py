@@ -40,15 +40,14 @@ def targets(profile):
         return [f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate")]
 
     plans = profile.source_plans()
-    sources = [[f"dvc.yaml:source@{plan.task}-{plan.seed}"] for plan in plans if plan.method == "pt"]
-    shared = [[f"dvc.yaml:shared@{plan.seed}"] for plan in plans if plan.method != "pt"]
+    sources = [(i, [f"dvc.yaml:source@{plan.task}-{plan.seed}"]) for i, plan in enumerate(plans) if plan.method == "pt"]
+    shared = [(i, [f"dvc.yaml:shared@{plan.seed}"]) for i, plan in enumerate(plans) if plan.method != "pt"]
     tried = [(f"dvc.yaml:search{suffix}@{method}", method) for suffix, methods in searches(profile).items() for method in methods]
     likes = lambda method: [f"dvc.yaml:search-like@{other}" for other, name in profile.search.like.items() if name == method]
-    searched = [[stage, *likes(method)] for stage, method in tried]
+    search = [(i, [stage, *likes(method)]) for i, (stage, method) in enumerate(tried)]
     runs = [(i + j, block(task, method)) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    rounds = (*(list(enumerate(blocks)) for blocks in (sources, shared, searched)), [*runs, *sweep])
-    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], rounds
+    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (sources, shared, search, [*runs, *sweep])
 
 
 @contextmanager
