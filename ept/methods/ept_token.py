@@ -12,8 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .adept import AdeptConfig, token_network
 from .registry import Method, register
+from ..prompt.network import AdeptConfig, token_network
 from ..prompt.soft import EPTConfig, SoftPrompt
 
 # %% ../../nbs/methods/39b_ept_token.ipynb #39btok06
