@@ -13,7 +13,7 @@ from ept.methods.catalogue import SHARED
 from ept.methods.registry import METHODS, build_method, method_table, num_parameters, size_names, source_runs
 from ept.methods.sources import SOURCE_TASKS, SharedPrompt, read_sources, sources_of
 from ept.model.modeling import EPTModel
-from ept.model.saving import sizes_of
+from ept.model.saving import FIRST_READING, sizes_of
 from ept.prompt.base import KINDS
 from tests.conftest import WIDTH, tiny_llama, tiny_t5
 
@@ -325,7 +325,7 @@ START = {
     "pt": {"embeddings": 519.06834},
     "frozen": {"embeddings": 0.0},
 }
-CONFIG_FIELDS = [
+CONFIG_FIELDS = [  # of format version 1
     "prompt_length",
     "short_length",
     "max_length",
@@ -350,7 +350,7 @@ def test_the_family_of_ept_starts_and_is_saved_as_ever(tmp_path):
         model = build_method(name, tiny_t5(), seed=3, **SIZES)
         record = json.loads((model.save_pretrained(tmp_path / name) / "adapter_config.json").read_text())
         assert list(record) == ["type", "format_version", "folded", "config", "backbone", "sha256"]
-        assert record["type"] == "ept" and record["format_version"] == 1 and list(record["config"]) == CONFIG_FIELDS
+        assert record["type"] == "ept" and record["format_version"] == 2 and list(record["config"]) == [*CONFIG_FIELDS, *FIRST_READING]
         assert list(model.prompt.state_dict()) == list(START[name])
         for tensor, total in START[name].items():
             assert_close(model.prompt.state_dict()[tensor].double().abs().sum().item(), total, rtol=1e-5, atol=1e-5)

@@ -46,7 +46,7 @@ def _check_inside(name, folder):
     if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
         raise ValueError(f"{name} is {folder!r}; give a path from the repository's root that stays inside it, such as 'models/tiny-gpt2'")
 
-
+# %% ../../nbs/grid/50_profiles.ipynb #7ce6c634
 @dataclass(frozen=True)
 class DataChoice:
     "The rows of a profile."

@@ -47,7 +47,7 @@ def _majority(task, data):
     groups = test[task.group] if task.group else None
     return {m: round(majority_score(task, train, test["label"], groups, metric=m), 4) for m in task.metrics}
 
-
+# %% ../../nbs/grid/55_records.ipynb #808092bc
 def make_record(
     plan: RunPlan,
     backbone: "Backbone",
@@ -98,10 +98,10 @@ def gate_weights(
     adapter: str | Path,  # folder
     backbone: "Backbone",
     digits: int = 4,
-) -> list[list[float]] | None:  # [m, K]; None for a prompt without a gate
+) -> list[list[float]] | None:  # [m, K]; None for a prompt without a gate, and for one whose gate reads the text
     "How much each space counts for each prompt token of a saved run."
     model = EPTModel.from_pretrained(backbone.model, adapter)
-    if getattr(model.prompt, "projection", None) is None:
+    if getattr(model.prompt, "projection", None) is None or model.prompt_config.text_gate:
         return None
     weights = model.gate_weights()
     return [[round(w, digits) for w in row] for row in weights.tolist()] if weights.shape[1] > 1 else None

@@ -9,6 +9,7 @@ __all__ = ['LowRankUpdate']
 from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
 from transformers import PreTrainedModel
 
 from .registry import Method, register
@@ -51,14 +52,16 @@ class LowRankUpdate(Adaptation):
             parameter.data = parameter.data.float()
         return model.eval()
 
-    def num_parameters(self, backbone: PreTrainedModel) -> int:
-        "`r*(d_in + d_out)` for each of PEFT's target layers."
-        _peft()
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+# %% ../../nbs/methods/36_lora.ipynb #ea7a7d06
+@patch
+def num_parameters(self: LowRankUpdate, backbone: PreTrainedModel) -> int:
+    "`r*(d_in + d_out)` for each of PEFT's target layers."
+    _peft()
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
-        ends = tuple(f".{target}" for target in known.get(backbone.config.model_type, ()))
-        rank = self.resolve(backbone).lora_rank
-        return sum(rank * sum(m.weight.shape) for name, m in backbone.named_modules() if name.endswith(ends))
+    ends = tuple(f".{target}" for target in known.get(backbone.config.model_type, ()))
+    rank = self.resolve(backbone).lora_rank
+    return sum(rank * sum(m.weight.shape) for name, m in backbone.named_modules() if name.endswith(ends))
 
 # %% ../../nbs/methods/36_lora.ipynb #86cdac2c
 def _peft():

@@ -7,6 +7,7 @@ __all__ = ['MultitaskPrompt']
 
 # %% ../../nbs/methods/34_mpt.ipynb #c6b2be27
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .registry import Method, register
@@ -69,10 +70,12 @@ class MultitaskPrompt(Prompt):
         "The prompt of task number `self.task`, [m, d], and no offset."
         return self.prompts(torch.tensor([self.task], device=self.product.embedding.weight.device))[0], None
 
-    def shared(self) -> SharedPrompt:
-        "What the tasks share, and the mean of what each has of its own."
-        p = self.product
-        return SharedPrompt(p.embedding.weight.detach(), p.prefix_task_cols.detach().mean(0)[:, 0], p.prefix_task_rows.detach().mean(0)[0])
+# %% ../../nbs/methods/34_mpt.ipynb #b4b68433
+@patch
+def shared(self: MultitaskPrompt) -> SharedPrompt:
+    "What the tasks share, and the mean of what each has of its own."
+    p = self.product
+    return SharedPrompt(p.embedding.weight.detach(), p.prefix_task_cols.detach().mean(0)[:, 0], p.prefix_task_rows.detach().mean(0)[0])
 
 # %% ../../nbs/methods/34_mpt.ipynb #b2fa5c7e
 register(

@@ -61,6 +61,11 @@ class Method:
         return self.adapts or self.resolve({})[0].short_length > 0
 
     @property
+    def reads_text(self) -> bool:
+        "Whether its prompt or offset depends on the text, so that it does not fold."
+        return not self.adapts and (self.kind.reads_text or self.resolve({})[0].text_gate)
+
+    @property
     def precision(self) -> str | None:
         "The backbone's number format that training needs; None where any will do."
         return self.kind.precision
@@ -151,6 +156,16 @@ def source_runs(
         return ((SHARED, method.name),)
     return tuple((source, needed) for needed in method.sources for source in sources_of(task, method.most_sources, tasks))
 
+# %% ../../nbs/methods/30_registry.ipynb #a8cdd0af
+def _no_sources(method):
+    "The error for a method that is given nothing to start from: how to make it."
+    what, passed = ("prompts of other tasks", "task: adapter folder") if not method.shared else ("a prompt that source tasks share", f"'{SHARED}': adapter folder")
+    make = ", make one of their prompts with share_prompt" if method.shared else ""
+    return ValueError(
+        f"method {method.name!r} starts from {what}, and none is given; train method {method.sources[0]!r} on source tasks"
+        f" ({', '.join(SOURCE_TASKS)}){make}, then pass source_prompts={{{passed}}}"
+    )
+
 # %% ../../nbs/methods/30_registry.ipynb #398f22ae
 def build_method(
     name: str | Method,  # a key of `METHODS`
@@ -170,16 +185,6 @@ def build_method(
     sources = found[SHARED] if method.shared else torch.stack(list(found.values())) if found else None
     start = start_of(config, backbone, tokenizer)
     return EPTModel(backbone, prompt=method.kind(config.resolve(start.shape[1]), start, extra, sources))
-
-
-def _no_sources(method):
-    "The error for a method that is given nothing to start from: how to make it."
-    what, passed = ("prompts of other tasks", "task: adapter folder") if not method.shared else ("a prompt that source tasks share", f"'{SHARED}': adapter folder")
-    make = ", make one of their prompts with share_prompt" if method.shared else ""
-    return ValueError(
-        f"method {method.name!r} starts from {what}, and none is given; train method {method.sources[0]!r} on source tasks"
-        f" ({', '.join(SOURCE_TASKS)}){make}, then pass source_prompts={{{passed}}}"
-    )
 
 
 def num_parameters(

@@ -7,6 +7,7 @@ __all__ = ['plot_history', 'at_shares', 'steps_to', 'area_under']
 
 # %% ../../nbs/training/41a_curves.ipynb #28cec19c
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,13 +18,13 @@ from .inside import MOVED
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../../nbs/training/41a_curves.ipynb #094ba6b3
+# %% ../../nbs/training/41a_curves.ipynb #fbaa6362
 def _draw_inside(panel, inside):
     "What happens inside, by step, each as a line that starts at zero where its part does nothing at first."
-    lines = inside.assign(gate_entropy=1 - inside["gate_entropy"]).rename(columns={"gate_entropy": "1 - gate entropy"}) if "gate_entropy" in inside else inside
-    for name, marker in zip(lines, "osv^D<>pP*X"):
-        points = lines[name].dropna().abs()
-        panel.plot(points.index, points, marker=marker, markersize=3, label=name.replace("_", " "))
+    for name, marker in zip(inside, cycle("osv^D")):
+        points, label = inside[name].dropna().abs(), name.replace("_", " ")
+        points, label = (1 - points, f"1 - {label}") if name == "gate_entropy" else (points, label)
+        panel.plot(points.index, points, marker=marker, markersize=3, label=label)
     panel.axhline(MOVED, color="black", linestyle="--", linewidth=0.8)
     panel.set_yscale("symlog", linthresh=MOVED / 10)
     panel.margins(y=0.1)
@@ -38,7 +39,7 @@ def plot_history(
     "Loss, validation score and inside of a training by step."
     from matplotlib.figure import Figure
 
-    names = [name for name in history.columns[3:] if not name.startswith("reach_")]
+    names = [name for name in history if name not in ("step", "loss", "score") and not name.startswith("reach_")]
     figure = Figure(figsize=(11.5 if names else 7, 2.4), layout="constrained")
     panels = figure.subplots(1, 3 if names else 2)
     for panel, (name, label) in zip(panels, (("loss", "training loss"), ("score", "validation score, percent"))):

@@ -84,7 +84,9 @@ def _history(log):
     for entry in log:
         row = rows.setdefault(entry["step"], {"step": entry["step"], "loss": float("nan"), "score": float("nan")})
         row |= {name.removeprefix("eval_"): value for name, value in entry.items() if name == "loss" or name.startswith("eval_")}
-    return pd.DataFrame(list(rows.values()), columns=None if rows else ["step", "loss", "score"])
+    first = ["step", "loss", "score"]
+    others = {name for row in rows.values() for name in row} - set(first)
+    return pd.DataFrame(list(rows.values()), columns=[*first, *sorted(others)])  # sorted, as a checkpoint sorts the names in its log
 
 
 def _processor(device):
@@ -208,6 +210,7 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
     from ept.training.trainer import ProgressBar, PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
 
     plan, on_cpu = job.plan(), job.backbone.model.device.type == "cpu"
+    job.model.prompt.cover(max(len(row[0]) for row in job.features))
     identity = job.config | {"data": job.digest(), "dtype": str(job.backbone.model.dtype)}
     checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
     trainer = PromptTrainer(
