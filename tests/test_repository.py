@@ -252,7 +252,7 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
     assert not reached("train") & {*shown, *made, "grid.records", "training.evaluation"}
     assert not reached("evaluate") & {*shown, *made, "training.training", "methods.registry"}
     assert not reached("report") & {*inside, "model.backbone", "data.loading"}
-    assert reached("search") | {"training.curves"} == reached("train") | {"grid.search"} and reached("report") >= shown
+    assert reached("search") | {"training.curves", "grid.runs"} == reached("train") | {"grid.search"} and reached("report") >= shown
     assert "grid.search" not in reached("train"), "editing how trials are made retrains nothing"
     assert not reached("source") & {*shown, *made, "training.distillation", "training.evaluation"} and "training.distillation" in reached("shared")
     assert "training.distillation" not in reached("train"), "a change of the distillation trains no other method anew"

@@ -112,17 +112,25 @@ def copy_task(file, folder):
 
 
 def with_tasks(text, names):
-    "The text of a parameter file with other tasks, whose rows lie where their files say."
+    "The text of a parameter file with other tasks, whose rows lie where their files say; a search is made on all of them."
     text = with_section(text, "data", ["source: own  # each task names its files"])
+    if found := section(text, "search"):
+        listed = r"(\btasks:)(?:\s*\[[^]]*\]|(?:\s*\n\s*- [^\n]*)+)"
+        text = text[: found.start()] + re.sub(listed, rf"\1 [{', '.join(names)}]", found[0], count=1) + text[found.end() :]
     return with_section(text, "tasks", [f"{name}: {{}}" for name in names])
+
+
+def section(text, name):
+    "Where a section stands in the text of a parameter file; the first group is the comment in its first line."
+    head, body = rf"^{name}:[^#\n]*(#[^\n]*)?(?:\n|\Z)", r"(?:(?:[ \t]*\n)*[ \t]+\S[^\n]*(?:\n|\Z))*"
+    return re.search(f"(?m){head}{body}", text)
 
 
 def with_section(text, name, lines):
     "The text of a parameter file with other lines in one section; a comment in the section's first line stays."
-    head, body = rf"^{name}:[^#\n]*(#[^\n]*)?(?:\n|\Z)", r"(?:(?:[ \t]*\n)*[ \t]+\S[^\n]*(?:\n|\Z))*"
-    found = re.search(f"(?m){head}{body}", text)
-    section = "\n  ".join([f"{name}:" + (f"  {found[1]}" if found[1] else ""), *lines]) + "\n"
-    return text[: found.start()] + section + text[found.end() :]
+    found = section(text, name)
+    written = "\n  ".join([f"{name}:" + (f"  {found[1]}" if found[1] else ""), *lines]) + "\n"
+    return text[: found.start()] + written + text[found.end() :]
 
 
 def new_profile(name, origin, tasks=()):
