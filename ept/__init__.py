@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the names of `_HOMES` once more, for editors and type check
     from .model.modeling import EPTModel as EPTModel
     from .prompt.soft import EPTConfig as EPTConfig
     from .training.config import TrainingConfig as TrainingConfig
+    from .training.distillation import share_prompt as share_prompt
     from .training.evaluation import Evaluation as Evaluation
     from .training.evaluation import evaluate as evaluate
     from .training.training import Run as Run
@@ -36,6 +37,7 @@ _HOMES = {
     "training.config": ("TrainingConfig",),
     "training.training": ("Run", "train"),
     "training.evaluation": ("Evaluation", "evaluate"),
+    "training.distillation": ("share_prompt",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

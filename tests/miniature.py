@@ -77,7 +77,7 @@ class Clone:
         logs = self.root / "runs" / "logs"
         shutil.rmtree(logs, ignore_errors=True)
         self.said = self.call("nbs/pipelines/reproduce.py", "--jobs", str(jobs))
-        rounds = ("plan", "prepare", "sources", "runs", "sweep", "report", "repro")
+        rounds = ("plan", "prepare", "sources", "shared", "searches", "runs", "report", "repro")
         return self.stages("".join(log.read_text() for log in sorted(logs.iterdir(), key=lambda p: rounds.index(p.stem.split("-")[0]))))
 
     def due(self, *words):

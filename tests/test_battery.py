@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ept.methods.catalogue import SHARED
+from ept.methods.ept_token import TokenPrompt
 from ept.methods.registry import METHODS, build_method, num_parameters
 from ept.methods.sources import SOURCE_TASKS
 from ept.model.modeling import EPTModel
@@ -23,13 +25,19 @@ def only(which):
     return pytest.mark.parametrize("method", [name for name, method in METHODS.items() if which(method)], indirect=True)
 
 
-family = only(lambda method: method.kind is SoftPrompt)  # EPT's own
+def has_gate(method):
+    """Whether a method weighs spaces."""
+    config = method.resolve({})[0]
+    return not method.adapts and config.projection and config.modules != "spared"
+
+
+family = only(lambda method: method.kind in (SoftPrompt, TokenPrompt))  # EPT's own
 adaptations = only(lambda method: method.adapts)
 trainable = only(lambda method: method.trained)
-constants = only(lambda method: not method.adapts and not method.kind.reads_text)
-no_constants = only(lambda method: method.adapts or method.kind.reads_text)
-gated = only(lambda method: method.role == "proposed" or method.name in ("ept-no-fusion", "ept-one-space"))
-without_gate = only(lambda method: method.kind is not SoftPrompt or method.name in ("ept-no-projection", "dept", "pt", "frozen"))
+constants = only(lambda method: not method.adapts and not method.reads_text)
+no_constants = only(lambda method: method.adapts or method.reads_text)
+gated = only(lambda method: has_gate(method) and not method.resolve({})[0].text_gate)
+without_gate = only(lambda method: not has_gate(method))
 decoder_only = pytest.mark.parametrize("backbone", ["llama", "gpt2"], indirect=True)
 
 
@@ -46,7 +54,7 @@ def model(method, backbone):
 def build(method, model, **changes):
     "A method with small sizes; the prompts of source tasks are random, and always the same."
     generator, width = torch.Generator().manual_seed(9), model.get_input_embeddings().weight.shape[1]
-    sources = {task: torch.randn(SIZES["prompt_length"], width, generator=generator) for task in SOURCE_TASKS}
+    sources = {task: torch.randn(SIZES["prompt_length"], width, generator=generator) for task in (*SOURCE_TASKS, SHARED)}
     return build_method(method, model, source_prompts=sources, **SIZES | changes)
 
 
@@ -108,12 +116,13 @@ def test_at_the_start_an_adapted_backbone_is_the_plain_one(method, model, backbo
 def test_zeroed_second_factors_give_plain_prompt_tuning(method, trained, backbone):
     prompt = trained.prompt
     with torch.no_grad():
-        for part, factor in (("offset", "embedding_factors"), ("fusion", "strength"), ("projection", "up")):
+        for part, factor in (("offset", "embedding_factors"), ("fusion", "strength"), ("projection", "up"), ("network", "2.weight"), ("network", "2.bias")):
             if getattr(prompt, part, None) is not None:
-                getattr(getattr(prompt, part), factor).zero_()
+                getattr(prompt, part).get_parameter(factor).zero_()
     count = len(prompt.embeddings)
     plain = EPTModel(backbone.model, EPTConfig(prompt_length=count, short_length=count).plain())
-    plain.prompt.embeddings = prompt.embeddings
+    with torch.no_grad():
+        plain.prompt.embeddings.copy_(prompt.short_prompt())
     batch = inputs()
     batch["labels"] = labels_for(trained, batch)
     assert_close(trained(**batch).logits, plain(**batch).logits, rtol=0, atol=1e-6)

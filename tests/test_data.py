@@ -18,10 +18,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from transformers import AutoTokenizer
 
 from ept.data.encoding import Encoder
-from ept.data.loading import few_shot, load_task, subsample
+from ept.data.loading import few_shot, load_task, skip, subsample
 from ept.data.metrics import majority_score
+from ept.data.parts import PARTS, part_of, shared_text
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import SPLITS, TASKS, HubSource, Task
+from ept.grid.preparation import prepare, read_rows, rows_chosen
+from ept.grid.profiles import load_profile
 from tests.conftest import byte_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -161,6 +164,82 @@ def test_few_shot_draws_by_class_and_by_seed(tmp_path, caplog):
     assert "at least 1" in failure(lambda: few_shot("mnli", data, 0, 0))
     stsb = load_task("stsb", "local", folder=write_hub(tmp_path, "stsb", train=hub_rows("stsb", 60)))["train"]
     assert sorted(few_shot("stsb", stsb, 2, 0)["label"]) == [v for v in range(6) for _ in range(2)]
+
+
+def test_what_is_skipped_is_what_an_earlier_draw_took(tmp_path):
+    data = load_task("multirc", "local", folder=write_hub(tmp_path, "multirc"))
+    for size in (19, 7, 2):
+        taken, left = (set(draw("multirc", data["train"], size)["question_id"]) for draw in (subsample, skip))
+        assert taken and left and not taken & left and taken | left == set(data["train"]["question_id"])
+    later = load_task("multirc", "local", folder=tmp_path, skip={"test": 4}, subsample={"test": 4})
+    assert later["train"][:] == data["train"][:] and later["validation"][:] == data["validation"][:]
+    assert len(later["test"]) == 4 and not set(later["test"]["question_id"]) & set(subsample("multirc", data["test"], 4)["question_id"])
+    assert "skip is 20, and the split has 20 rows" in failure(lambda: skip("multirc", data["train"], 20))
+    assert "at least 1" in failure(lambda: skip("multirc", data["train"], 0))
+    assert "unknown split 'tests'" in failure(lambda: load_task("multirc", "local", folder=tmp_path, skip={"tests": 4}))
+
+
+# ---- rows for the backbone, rows for prompts
+
+
+def keys(name, rows):
+    return {shared_text(name, row) for row in rows}
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_parts_share_no_text_and_lose_no_row(name, tmp_path):
+    train = hub_rows(name, 120)
+    field = {"wsc": "text", "wic": "word"}.get(name, TASKS[name].fields[-1 if name in ("multirc", "qnli", "boolq") else 0])
+    train[field] = [text.replace(f"number {i}", f"number {i % 40}") for i, text in enumerate(train[field])]
+    public = {s: train[:12].assign(**hub_rows(name, 12, 500)[["idx"]]) for s in TASKS[name].hub.splits[1:]}
+    write_hub(tmp_path, name, train=train, **public)
+    backbone, prompts = (load_task(name, "local", folder=tmp_path, part=part) for part in PARTS)
+    assert list(backbone) == ["train"] and list(prompts) == list(SPLITS)
+    assert len(backbone["train"]) and not keys(name, backbone["train"]) & set.union(*(keys(name, prompts[s]) for s in SPLITS))
+    counts = backbone.part["rows"]
+    assert counts == prompts.part["rows"] and sum(counts.values()) == 120 and counts["backbone"] == len(backbone["train"]) and counts["left_out"]
+    own = len(prompts["train"]) + (0 if TASKS[name].hub.small or TASKS[name].hub.test else len(prompts["validation"]))
+    assert own == counts["prompts"], "prompts validate on rows of their own part"
+    assert {part_of(name, row) for row in prompts["train"]} == {"prompts"} and {part_of(name, row) for row in backbone["train"]} == {"backbone"}
+    again = load_task(name, "local", folder=write_hub(tmp_path, name, train=train[::-1], **public), part="backbone")
+    assert keys(name, again["train"]) == keys(name, backbone["train"]), "a row's part does not depend on the others"
+    assert load_task(name, "local", folder=tmp_path).part is None
+
+
+def test_a_part_is_what_it_always_was():
+    row = {"premise": " It\nRAINS. ", "hypothesis": "It is wet."}
+    assert shared_text("mnli", row) == "it rains." and shared_text("sst2", {"sentence": "Straße"}) == "strasse"
+    digest = hashlib.sha256(b"mnli\nit rains.").digest()
+    assert part_of("mnli", row) == PARTS[digest[7] % 2]
+    assert "unknown part 'prompt'" in failure(lambda: load_task("rte", part="prompt"))
+
+
+def test_a_profile_takes_its_part_and_says_so(tmp_path, monkeypatch):
+    write_hub(tmp_path / "real", "rte", train=hub_rows("rte", 60), validation=hub_rows("rte", 30, 500))
+    (tmp_path / "settings.ini").write_text("")
+    text = "profile: x\nbackbone: {name: embedded}\ndata: {source: benchmark, CHOICE}\ngrid: {methods: [pt], seeds: [0]}\ntasks: {rte: {}}"
+    monkeypatch.setenv("EPT_DATA_SOURCE", "local")
+    monkeypatch.setenv("EPT_DATA_FOLDER", str(tmp_path / "real"))
+    kept, rows = {}, {}
+    for choice in ("subsample: {test: 5}", "subsample: {test: 5}, part: prompts, skip: {test: 5}"):
+        (tmp_path / "params.yaml").write_text(text.replace("CHOICE", choice))
+        prepare(load_profile(tmp_path / "params.yaml"), "rte")
+        kept[choice], rows[choice] = rows_chosen(tmp_path / "runs/data/rte"), read_rows(tmp_path / "runs/data/rte")
+    (all_of_it, first), (chosen, later) = zip(kept.values(), rows.values())
+    assert all_of_it == {} and chosen["skip"] == {"test": 5}
+    assert chosen["part"]["name"] == "prompts" and chosen["part"]["by"] == ["sentence1"] and sum(chosen["part"]["rows"].values()) == 60
+    assert len(first["train"]) == 60 and len(later["train"]) == chosen["part"]["rows"]["prompts"]
+    assert first["validation"][:] == later["validation"][:] and not set(first["test"]["sentence1"]) & set(later["test"]["sentence1"])
+
+
+@real_data
+@pytest.mark.parametrize("name", list(TASKS))
+def test_real_rows_are_halved_between_backbone_and_prompts(name):
+    backbone, prompts = (load_task(name, "local", folder=REAL, part=part) for part in PARTS)
+    assert not keys(name, backbone["train"]) & set.union(*(keys(name, prompts[s]) for s in SPLITS))
+    rows = backbone.part["rows"]
+    assert 0.3 < rows["backbone"] / sum(rows.values()) < 0.52 and 0.45 < rows["prompts"] / sum(rows.values()) < 0.6
+    assert prompts["test"][:] == load_task(name, "local", folder=REAL)["test"][:]
 
 
 # ---- a user's own tables

@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 from transformers import T5Config, T5ForConditionalGeneration
 
+from ept.methods.catalogue import SHARED
 from ept.methods.registry import build_method
 from ept.methods.sources import SOURCE_TASKS
 from ept.model.exchange import export_peft, import_dept, import_peft
@@ -133,7 +134,7 @@ class TestPEFT:
     def test_a_folded_prompt_gives_the_same_logits_there(self, kind, method, tmp_path):
         peft = pytest.importorskip("peft")
         backbone = MODELS[kind]()
-        sources = {task: torch.randn(10, WIDTH) for task in SOURCE_TASKS}
+        sources = {task: torch.randn(10, WIDTH) for task in (*SOURCE_TASKS, SHARED)}
         model = build_method(method, backbone, source_prompts=sources, residual_width=5, **SIZES)
         for exported in (model, model.fold()):
             theirs = peft.PeftModel.from_pretrained(copy.deepcopy(backbone), export_peft(exported, tmp_path / "peft")).eval()
@@ -150,7 +151,7 @@ class TestPEFT:
 
     def test_what_peft_cannot_hold_is_not_exported(self, kind, tmp_path):
         backbone = MODELS[kind]()
-        sources = {task: torch.randn(10, WIDTH) for task in SOURCE_TASKS}
+        sources = {task: torch.randn(10, WIDTH) for task in (*SOURCE_TASKS, SHARED)}
         build = lambda method: build_method(method, backbone, source_prompts=sources, **SIZES)
         for method, message in {
             "dept": "cannot hold this prompt: it has an offset by position",

@@ -100,12 +100,12 @@ class TestLoadingRefuses:
         self.refuse(saved[1], "other weights than this backbone has", other)
 
     def test_another_format_version(self, saved):
-        change(saved[1], format_version=2)
-        self.refuse(saved[1], "format version 2; this version of ept reads format version 1: save it again")
+        change(saved[1], format_version=3)
+        self.refuse(saved[1], "format version 3; this version of ept reads format versions 1 and 2: save it again")
 
     def test_another_type(self, saved):
         change(saved[1], type="prefix")
-        self.refuse(saved[1], "an adapter of type 'prefix' cannot be read; known types: adapter, .*, ept, finetune, lora")
+        self.refuse(saved[1], "an adapter of type 'prefix' cannot be read; known types: adapter, .*, ept, ept-token, finetune, lora")
 
     def test_a_type_that_does_not_go_with_the_sizes(self, saved):
         change(saved[1], type="lora")

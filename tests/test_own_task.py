@@ -137,7 +137,7 @@ def test_only_stages_of_an_own_task_depend_on_its_files(tmp_path):
     stages = lambda file: yaml.safe_load(written[file])["stages"]
     own, cola = stages("tasks/reviews/dvc.yaml"), stages("tasks/cola/dvc.yaml")
     assert "../../tasks/reviews.yaml" in stages("dvc.yaml")["plan"]["deps"]
-    assert own["prepare"]["deps"] == ["../../tasks/reviews.csv"] and cola["prepare"]["deps"] == ["../../data"]
+    assert own["prepare"]["deps"] == ["../../tasks/reviews.csv"] and cola["prepare"]["deps"] == ["../../data/glue/cola"]
     for stage in ("prepare", "search", "train", "evaluate"):
         assert "text.reviews" in json.dumps(own[stage]["params"]) and "reviews" not in json.dumps(cola[stage])
         assert not any("test" in path or path == "runs/data/reviews" for path in own["search"]["deps"])

@@ -89,7 +89,7 @@ def test_the_library_imports_what_pip_install_brings():
     "At the top of a module: the base requirements, and for `ept.report` its extra. Inside a function: any extra for users."
     assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: not is_report(path))
     assert not undeclared("ept", requirements("report"), everywhere=False, keep=is_report)
-    assert not undeclared("ept", requirements("report", "peft", "smollm2"))
+    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2"))
 
 
 def test_pipeline_notebooks_and_tests_import_what_their_extras_bring():

@@ -20,7 +20,8 @@ from tests.miniature import PARAMETERS, TASKS, Clone
 
 WITH_TRANSFER = {
     **PARAMETERS,
-    "grid": {"references": ["frozen"], "methods": ["pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]},
+    "grid": {"references": ["frozen"], "methods": ["pt"], "seeds": [0], "transfer": ["spot", "mpt"], "sources": ["cola", "cb"]},
+    "sources": {"steps": 6, "shared_steps": 8},
     "search": {"factors": [0.5, 1, 2], "steps": 2, "seed": 0},
     "methods": {"frozen": {}, "pt": {}, "spot": {}},
 }
@@ -32,7 +33,7 @@ def search(clone, key):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A miniature with a search and with a method that starts from other tasks, whose whole grid has been run."""
+    """A miniature with a search and with methods that start from other tasks, whose whole grid has been run."""
     clone = Clone(tmp_path_factory.mktemp("pipeline") / "clone")
     clone.write(WITH_TRANSFER)
     clone.first = clone.order()
@@ -48,25 +49,38 @@ def transfers(clone):
 @pytest.mark.slow
 def test_sources_are_trained_once_and_first(clone, transfers):
     assert len(transfers) == len(set(transfers)), "nothing is run twice"
-    kept, starts = {f"source@{t}-0" for t in TASKS}, {f"{t}:search-transfer@spot" for t in TASKS}
+    kept, starts = {*(f"source@{t}-0" for t in TASKS), "shared@0"}, {f"{t}:search-transfer@{method}" for t in TASKS for method in ("spot", "mpt")}
     assert kept | starts | {f"{t}:{s}-transfer@spot-0" for t in TASKS for s in ("train", "evaluate")} <= set(transfers)
     at = transfers.index
-    assert max(at(s) for s in kept) < min(at(s) for s in starts)
+    assert max(at(s) for s in kept) == at("shared@0") < min(at(s) for s in starts)
     for task in TASKS:
-        assert f"{task}:train@pt-0" not in transfers or at(f"{task}:train@pt-0") < at(f"source@{task}-0")
         assert at(f"{task}:search-transfer@spot") < at(f"{task}:train-transfer@spot-0")
     for task, other in (TASKS, TASKS[::-1]):
         record = json.loads((clone.root / f"results/scores/{task}-spot-0.json").read_text())
         assert list(record["config"]["source_prompts"]) == [other]
-        kept = clone.files(f"runs/sources/0/{other}")
-        assert set(kept) == {"adapter_config.json", "adapter_model.safetensors"}
-        assert all(clone.files(f"runs/adapters/{other}-pt-0")[name] == content for name, content in kept.items())
+        shared = json.loads((clone.root / f"results/scores/{task}-mpt-0.json").read_text())
+        assert list(shared["config"]["source_prompts"]) == ["shared"] and shared["trainable_parameters"] == 60 * 32 + 60 + 32
+
+
+@pytest.mark.slow
+def test_source_prompts_are_trained_as_long_as_they_need(clone, transfers):
+    """Longer than a run of the grid, and what came of it is written down."""
+    run = json.loads((clone.root / "results/scores/cb-pt-0.json").read_text())
+    assert run["config"]["training"]["steps"] == 4
+    for name, steps, method in (("cola", 6, "pt"), ("cb", 6, "pt"), ("shared", 8, "mpt")):
+        record = json.loads((clone.root / f"results/sources/{name}-0.json").read_text())
+        assert (record["training"]["steps"], record["method"]) == (steps, method)
+        assert [entry["step"] for entry in record["history"]] == list(range(2, steps + 1, 2))
+        assert record["validation_score"] == max(entry["score"] for entry in record["history"])
+        assert set(clone.files(f"runs/sources/0/{name}")) == {"adapter_config.json", "adapter_model.safetensors", "training.json", "history.csv"}
+    assert list(record["source_prompts"]) == list(TASKS)
+    assert not list((clone.root / "runs/checkpoints").glob("source-*")) and {p.name for p in (clone.root / "runs/sources/0").iterdir()} == {*TASKS, "shared"}
 
 
 @pytest.mark.slow
 def test_the_search_is_written_down_and_used(clone, transfers):
     for task in TASKS:
-        for method in ("pt", "spot"):
+        for method in ("pt", "spot", "mpt"):
             found = search(clone, f"{task}-{method}")
             scores = {t["factor"]: t["validation_score"] for t in found["tried"]}
             assert list(scores) == [0.5, 1.0, 2.0] and scores[found["factor"]] == max(scores.values())
@@ -97,14 +111,24 @@ def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
 
 @pytest.mark.slow
 def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
-    """The rate of one source task: everything on that task, and of the other task only what starts from it."""
+    """The rate of one source task: everything on that task, what all share, and of the other task only what starts from them."""
     clone.write({**WITH_TRANSFER, "tasks": {"cola": {}, "cb": {"learning_rate": 0.2}}})
     ran = clone.order()
     on_cola = sorted(stage for stage in set(ran) if stage.startswith("cola:"))
-    assert on_cola[-2:] == ["cola:search-transfer@spot", "cola:train-transfer@spot-0"] and set(on_cola[:-2]) <= {"cola:evaluate-transfer@spot-0"}
+    starts = {f"cola:{stage}" for method in ("spot", "mpt") for stage in (f"search-transfer@{method}", f"train-transfer@{method}-0")}
+    assert starts <= set(on_cola) <= starts | {f"cola:evaluate-transfer@{method}-0" for method in ("spot", "mpt")}
     assert {"source@cb-0", "cb:search@pt", "cb:train@pt-0", "cb:search-transfer@spot", "cb:train-transfer@spot-0"} <= set(ran)
-    assert "source@cola-0" not in ran and ran.index("source@cb-0") < ran.index("cola:train-transfer@spot-0")
+    assert "source@cola-0" not in ran and ran.index("source@cb-0") < ran.index("shared@0") and ran.index("source@cb-0") < ran.index("cola:train-transfer@spot-0")
     assert clone.reproduce(jobs=1) == []
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
+def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
+    """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
+    clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
+    due = clone.due()
+    assert "shared@0" in due and not any(re.search(r"(search|train|evaluate)@", stage) for stage in due)
     clone.write(WITH_TRANSFER)
 
 

@@ -1,15 +1,21 @@
 "The embedded backbone: its tokenizer, its mixture, whole folders, the same weights each time."
 
+import hashlib
 import json
 import random
 import re
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ept.data.synthetic import HELD_OUT, MAKERS, PRACTICE, make_task
+from ept.data.loading import load_task
+from ept.data.synthetic import HELD_OUT, MAKERS, PRACTICE, Speaker, examples, make_task
 from ept.data.tasks import TASKS
 from ept.training.pretraining import (
     INSTRUCTIONS,
@@ -19,6 +25,7 @@ from ept.training.pretraining import (
     PretrainingConfig,
     build_tiny_t5,
     corrupt,
+    met_by,
     orthogonalise,
     pretrain,
     supervised_rows,
@@ -62,6 +69,42 @@ def test_no_evaluation_text_is_in_the_mixture():
         for split, frame in make_task(name).items():
             if split != "train":
                 assert not seen & {TASKS[name].text(row) for row in frame.to_dict("records")}
+
+
+def test_what_was_read_is_known_again(material):
+    met = met_by(SMALL)
+    texts = {text for _, text, _ in supervised_rows(SMALL)} | set(unlabelled_texts(SMALL.unlabelled, SMALL.seed))
+    assert len(material.unlabelled) == SMALL.unlabelled
+    for name in ("wsc", "multirc", "sst2"):
+        rows = [row for _, rows in zip(range(200), examples(name, Speaker(f"pretraining {name} 0"))) for row in rows]
+        marked = TASKS[name].hub.derive(pd.DataFrame(rows)).to_dict("records") if name == "wsc" else rows
+        found = [met(name, row) for row in rows]
+        assert found == [TASKS[name].text(row) in texts for row in marked] and 0 < sum(found) < len(rows)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def stored(name):
+    "What data.dvc or backbone.dvc tracks: path -> file in the store."
+    place = lambda md5: ROOT / "store" / "files" / "md5" / md5[:2] / md5[2:]
+    listing = json.loads(place(yaml.safe_load((ROOT / f"{name}.dvc").read_text())["outs"][0]["md5"]).read_text())
+    return {entry["relpath"]: place(entry["md5"]) for entry in listing}
+
+
+@pytest.mark.slow
+def test_the_second_data_set_was_met_by_nobody_and_can_be_made_again(tmp_path):
+    config = from_dict(PretrainingConfig, json.loads(stored("backbone")["pretraining.json"].read_text()))
+    runpy.run_path(str(ROOT / "nbs" / "pipelines" / "synthesise.py"))["synthesise"](tmp_path, config)
+    made = {p.relative_to(tmp_path).as_posix(): hashlib.md5(p.read_bytes()).hexdigest() for p in tmp_path.rglob("*.parquet")}
+    assert made == {name: file.parent.name + file.name for name, file in stored("data").items()}, "run: make data"
+    read = {text for _, text, _ in supervised_rows(config)} | set(unlabelled_texts(config.unlabelled, config.seed))
+    for name in MAKERS:
+        loaded = (load_task(name, "embedded", folder) for folder in (tmp_path, tmp_path / "confirmation"))
+        first, second = ({split: {TASKS[name].text(row) for row in rows} for split, rows in data.items()} for data in loaded)
+        assert [len(texts) for texts in second.values()] == [600, 400, 1000], name
+        assert not (second["validation"] | second["test"]) & (read | second["train"] | set.union(*first.values())), name
+        assert not second["validation"] & second["test"], name
 
 
 def test_known_words_are_one_token_and_others_are_spelled(material):

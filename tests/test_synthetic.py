@@ -5,7 +5,8 @@ import re
 import pyarrow.parquet as pq
 import pytest
 
-from ept.data.synthetic import HELD_OUT, MAKERS, SCHEMAS, Speaker, examples, make_task, parquet_bytes, write_datasets
+from ept.data.loading import load_task
+from ept.data.synthetic import HELD_OUT, MAKERS, SCHEMAS, Speaker, examples, make_task, parquet_bytes, public_splits, write_datasets
 from ept.data.tasks import TASKS, mark_spans
 
 
@@ -92,6 +93,35 @@ def test_same_bytes_each_time(tmp_path):
     again = {f.relative_to(tmp_path / "b"): f.read_bytes() for f in write_datasets(tmp_path / "b")}
     assert once == again
     assert {str(f.parent) for f in once} == {TASKS[n].hub.folder for n in MAKERS}
+
+
+SIZES = {"train": 30, "validation": 20, "test": 40}
+
+
+@pytest.mark.parametrize("name", list(MAKERS))
+def test_a_data_set_with_a_test_split_of_rows_that_nobody_has_met(made, name, tmp_path):
+    met = {row for frame in made[name].values() for row in texts(frame)}
+    taken = lambda task, row: task == name and tuple(v for v in row.values() if isinstance(v, str)) in met
+    new = make_task(name, 1, SIZES, taken)
+    assert [len(new[split]) for split in public_splits(name, SIZES)] == list(public_splits(name, SIZES).values())
+    train, *others = (set(texts(frame)) for frame in new.values())
+    assert not set.union(*others) & (met | train) and not set.intersection(*others) and sum(map(len, others)) == 60
+    again = make_task(name, 1, SIZES, taken)
+    assert all(parquet_bytes(name, new[split]) == parquet_bytes(name, again[split]) for split in new)
+
+
+def test_a_test_split_is_read_where_there_is_one(tmp_path):
+    write_datasets(tmp_path, 1, SIZES)
+    for name in MAKERS:
+        data = load_task(name, "embedded", tmp_path)
+        assert {split: len(rows) for split, rows in data.items()} == SIZES, name
+        assert not {TASKS[name].text(row) for row in data["validation"]} & {TASKS[name].text(row) for row in data["test"]}
+
+
+def test_too_many_rows_are_refused_by_number():
+    words = iter(range(30))
+    with pytest.raises(ValueError, match="task 'sst2' has no more than about 30 new rows for validation, not 400; ask for fewer"):
+        make_task("sst2", taken=lambda name, row: next(words, None) is None)
 
 
 def test_file_holds_the_features(made, tmp_path):

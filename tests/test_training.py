@@ -11,13 +11,17 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 
 from ept.data.tasks import Task
+from ept.grid.records import _saved, compact_json
+from ept.methods.catalogue import SHARED
 from ept.methods.registry import METHODS, build_method
 from ept.methods.sources import SOURCE_TASKS
 from ept.model.modeling import EPTModel
 from ept.prompt.soft import SoftPrompt
 from ept.training import training
 from ept.training.config import NonFiniteLoss, TrainingConfig
+from ept.training.curves import area_under, at_shares, steps_to
 from ept.training.evaluation import evaluate
+from ept.training.inside import modules_moved
 from ept.training.trainer import PromptTrainer, optimizer_groups
 from ept.training.training import train
 from tests.conftest import WIDTH, tiny_backbone
@@ -76,8 +80,7 @@ def test_the_backbone_is_bit_identical_after_training(data, tmp_path):
 
 def test_a_run_is_whole_and_can_be_evaluated(run, backbone, data):
     assert {p.name for p in run.adapter_dir.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "history.csv", "training.json"}
-    assert list(run.history.columns) == ["step", "loss", "score"]
-    assert run.history.score.max() == run.validation_score
+    assert run.history[run.history.step > 0].score.max() == run.validation_score
     assert not run.adapter_dir.with_name(".adapter-checkpoints").exists()
     record = json.loads((run.adapter_dir / "training.json").read_text())
     assert record["training"]["steps"] == 8 and record["chosen_step"] == run.chosen_step
@@ -88,7 +91,89 @@ def test_a_run_is_whole_and_can_be_evaluated(run, backbone, data):
 
 def test_the_chosen_step_is_the_best_on_validation(run, backbone, data):
     scores = run.history.dropna(subset=["score"]).set_index("step").score
-    assert scores[run.chosen_step] == scores.max()
+    assert list(scores.index) == [0, 2, 4, 6, 8]
+    assert run.chosen_step > 0 and scores[run.chosen_step] == scores[scores.index > 0].max(), "the start is validated, and never kept"
+
+
+def test_validating_the_start_changes_no_bit_of_what_is_trained(run, backbone, data, tmp_path, monkeypatch):
+    evaluate = PromptTrainer.evaluate
+    monkeypatch.setattr(PromptTrainer, "evaluate", lambda self, **_: evaluate(self) if self.state.global_step else {})
+    without = train(TASK, "ept", 0, backbone, data, tmp_path / "a", training=CONFIG, sizes=SIZES, progress=False)
+    assert list(without.history.step) == list(run.history.step[1:])
+    assert (without.adapter_dir / "adapter_model.safetensors").read_bytes() == (run.adapter_dir / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_validation_keeps_what_happens_inside(run, backbone):
+    kept = run.history.set_index("step").loc[run.chosen_step]
+    inside = EPTModel.from_pretrained(backbone.model, run.adapter_dir).prompt.inside()
+    assert set(inside) == {"strength", "fusion", "projection", "offset", "gate_entropy"} and dict(kept[list(inside)]) == pytest.approx(inside)
+    start = run.history.set_index("step").loc[0]
+    assert [start[name] for name in inside] == [0, 0, 0, 0, pytest.approx(1)] and kept.fusion > 0
+
+
+@pytest.mark.parametrize("method, groups", [("ept", ["modules", "pair", "prompt"]), ("dept", ["pair", "prompt"]), ("pt", ["prompt"]), ("lora", ["weights"])])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_reach_is_the_sum_of_the_rates_that_were_used(method, groups, warmup, data, tmp_path, monkeypatch):
+    used, step = [], PromptTrainer.training_step
+
+    def counting(self, *args, **options):
+        used.append({group["name"]: group["lr"] for group in self.optimizer.param_groups})
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(PromptTrainer, "training_step", counting)
+    config = replace(CONFIG, warmup_steps=warmup)
+    run = train(TASK, method, 0, tiny_backbone("t5"), data, tmp_path / "a", training=config, sizes=SIZES | SMALL, progress=False)
+    reach = run.history.set_index("step").filter(like="reach_")
+    assert list(reach.columns) == [f"reach_{group}" for group in groups]
+    for row in reach.dropna().itertuples():
+        assert row[1:] == pytest.approx([sum(rates[group] for rates in used[: row.Index]) for group in groups])
+
+
+def test_modules_that_stay_at_their_start_are_marked(data, tmp_path):
+    marked = lambda run: (modules_moved(run.history), "modules stayed at their start" in run._repr_markdown_())
+    options = dict(sizes=SIZES, progress=False)
+    for rate, moved in ((0.1, True), (1e-6, False)):
+        config = replace(CONFIG, module_learning_rate=rate)
+        assert marked(train(TASK, "ept", 0, tiny_backbone("t5"), data, tmp_path / str(moved), training=config, **options)) == (moved, not moved)
+    assert marked(train(TASK, "dept", 0, tiny_backbone("t5"), data, tmp_path / "dept", training=CONFIG, **options)) == (None, False)
+
+
+@pytest.mark.parametrize("part, least", [("fusion", 0.01), ("projection", 0.01), ("gate_entropy", 0.99)])
+def test_each_part_alone_can_have_moved(part, least):
+    still = {"step": [0, 10, 20], "score": [50, 60, 60], "fusion": [0.0] * 3, "projection": [0.0] * 3, "gate_entropy": [1.0] * 3}
+    beyond = 2 * least - (part == "gate_entropy")
+    assert modules_moved(still) is False
+    assert modules_moved(still | {part: [still[part][0], beyond, still[part][0]]}), "of equal scores the first is kept"
+    assert modules_moved(still | {part: [still[part][0], still[part][0], beyond]}) is False
+    assert modules_moved({name: still[name] for name in ("step", "score", part)}) is False, "the other parts may be missing"
+    assert modules_moved({"step": [0, 10], "score": [50, 60], "offset": [0, 1]}) is None
+    assert modules_moved({"step": [10, 20], "score": [50, 60], part: [None, None]}) is None
+
+
+def test_a_record_can_hold_a_history_and_says_the_same_of_it(run):
+    file = run.adapter_dir / "history.csv"
+    file.write_text(run.history.assign(offset=float("inf")).to_csv(index=False))
+    history = json.loads(compact_json(_saved(run.adapter_dir)[1]))
+    assert list(history) == list(run.history) and history["loss"][0] is None and set(history["offset"]) == {None}
+    assert modules_moved(history) is modules_moved(run.history) is not None
+
+
+def test_speed_is_about_what_a_run_keeps(run):
+    history = run.history.dropna(subset=["score"])
+    assert at_shares(run.history, 8)[1] == run.validation_score
+    assert steps_to(run.history, run.validation_score) <= run.chosen_step
+    assert history.score[1:].min() <= area_under(run.history, 8) <= history.score.max()
+    record = {name: [None if pd.isna(v) else v for v in values] for name, values in run.history.items()}
+    assert area_under(record, 8) == area_under(run.history, 8) and at_shares(record, 8) == at_shares(run.history, 8)
+    empty = {"step": [], "loss": [], "score": []}
+    assert steps_to(empty, 50) is None and pd.isna(area_under(empty, 8)) and pd.isna(at_shares(empty, 8)[1])
+
+
+def test_who_learns_sooner_has_more_area():
+    slow, fast = ({"step": [0, 10, 20], "score": [50, middle, 90]} for middle in (60, 80))
+    assert area_under(slow, 20) < area_under(fast, 20) < 90 == area_under({"step": [0, 20], "score": [90, 90]}, 20)
+    assert area_under(fast, 20) == area_under(fast | {"score": [50, 80, 90], "loss": [None, 1, 2]}, 20) < area_under(fast, 40)
+    assert steps_to(fast, 80) == 10 < steps_to(slow, 80)
 
 
 def test_a_tiny_model_learns(data, tmp_path):
@@ -103,7 +188,7 @@ SMALL = dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
 
 def sources(length=60):
     generator = torch.Generator().manual_seed(2)
-    return {task: torch.randn(length, WIDTH, generator=generator) for task in SOURCE_TASKS}
+    return {task: torch.randn(length, WIDTH, generator=generator) for task in (*SOURCE_TASKS, SHARED)}
 
 
 @pytest.mark.parametrize("method", COMPARED)
@@ -115,8 +200,7 @@ def test_every_method_is_trained_and_evaluated_by_the_same_road(method, backbone
     assert evaluate(run.adapter_dir, TASK, backbone, data, split="validation").metrics["accuracy"] == pytest.approx(run.validation_score)
     record = json.loads((run.adapter_dir / "training.json").read_text())
     assert record["trainable_parameters"] == run.trainable_parameters > 0
-    used = METHODS[method].most_sources or len(SOURCE_TASKS)
-    assert list(record.get("source_prompts", {})) == (list(SOURCE_TASKS[:used]) if METHODS[method].sources else [])
+    assert list(record.get("source_prompts", {})) == list(METHODS[method].used(sources()))
 
 
 def test_the_weights_have_a_learning_rate_of_their_own(backbone):
@@ -139,9 +223,9 @@ def test_sources_are_runs_of_prompt_tuning(data, tmp_path):
     spot = train(TASK, "spot", 0, backbone, data, tmp_path / "s", source_prompts=folders, **options)
     recorded = [json.loads((run.adapter_dir / "training.json").read_text())["source_prompts"] for run in (one, spot)]
     assert list(recorded[0]) == ["mnli", "qnli"] and recorded[1] == {"mnli": recorded[0]["mnli"]}
-    with pytest.raises(ValueError, match="'mnli' is among its own source prompts; pass those of other tasks: qnli, qqp, sst2"):
-        train("mnli", "mpt", 0, backbone, data, tmp_path / "b", source_prompts=folders, **options)
-    with pytest.raises(ValueError, match="method 'mpt' starts from prompts of other tasks, and none is given"):
+    with pytest.raises(ValueError, match="'mnli' is among its own source prompts; pass those of other tasks: qnli, qqp, sst2, boolq, multirc"):
+        train("mnli", "attempt", 0, backbone, data, tmp_path / "b", source_prompts=folders, **options)
+    with pytest.raises(ValueError, match="method 'mpt' starts from a prompt that source tasks share, and none is given"):
         train(TASK, "mpt", 0, backbone, data, tmp_path / "b", **options)
 
 

@@ -7,11 +7,13 @@ __all__ = ['make_backbone', 'open_backbone']
 
 # %% ../../nbs/grid/53_provision.ipynb #b99ae45d
 import dataclasses
+from functools import partial
 
 import torch
 
 from .profiles import Paths, Profile
 from ..model.backbone import Backbone, load_backbone, materialise
+from ..model.updates import apply_update
 from ..utils.files import write_json
 from ..utils.settings import load_settings
 
@@ -21,10 +23,12 @@ def make_backbone(
 ) -> Backbone:  # as a run will load it
     "Bring the backbone of a profile into the profile's own folder."
     choice, paths = profile.backbone, Paths(profile)
-    origin = paths.repository / choice.folder if choice.folder else choice.name
-    if choice.folder and not origin.is_dir():
-        raise FileNotFoundError(f"{origin} is missing; bring it with `dvc pull {choice.folder}.dvc`, or train it anew with `make backbone`")
-    materialise(str(origin), paths.backbone, revision=choice.revision or paths.known_revision("backbone"), label=choice.name)
+    for tracked in filter(None, (choice.folder, choice.update)):
+        if not (paths.repository / tracked).is_dir():
+            raise FileNotFoundError(f"{paths.repository / tracked} is missing; bring it with `dvc pull` in the repository's root, or train it anew with `make backbone NAME={choice.name}`")
+    origin = str(paths.repository / choice.folder) if choice.folder else choice.base or choice.name
+    finish = partial(apply_update, update=paths.repository / choice.update) if choice.update else None
+    materialise(origin, paths.backbone, choice.revision or paths.known_revision("backbone"), choice.name, finish)
     backbone = open_backbone(profile)
     if not choice.folder:
         write_json(paths.record("origins", "backbone"), {"name": choice.name, "revision": backbone.revision})

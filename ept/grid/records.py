@@ -7,6 +7,7 @@ __all__ = ['PACKAGES', 'package_versions', 'make_record', 'gate_weights', 'compa
 
 # %% ../../nbs/grid/55_records.ipynb #52208786
 import json
+import math
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,13 +15,14 @@ from pathlib import Path
 import pandas as pd
 
 from ..data.metrics import majority_score
-from .preparation import read_rows
+from .preparation import read_rows, rows_chosen
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
 from ..methods.catalogue import module_of
 from ..model.backbone import fingerprint
 from ..model.modeling import EPTModel
 from ..training.evaluation import evaluate
+from ..training.inside import modules_moved
 from ..utils.files import write_atomic
 from ..utils.fingerprints import code_version
 
@@ -45,14 +47,14 @@ def _majority(task, data):
     groups = test[task.group] if task.group else None
     return {m: round(majority_score(task, train, test["label"], groups, metric=m), 4) for m in task.metrics}
 
-
+# %% ../../nbs/grid/55_records.ipynb #808092bc
 def make_record(
     plan: RunPlan,
     backbone: "Backbone",
     data: "datasets.DatasetDict",
     saved: dict,  # the record that training has written
     metrics: dict,  # of `evaluate`
-    history: dict | None = None,  # step, loss, score: one value a logging or validation
+    history: dict | None = None,  # of a run, name -> values: step, loss, score and what happens inside; one value a logging or validation, None where it has none
     gates: list | None = None,  # gate weights, [m, K]
 ) -> dict:
     "The record of a run: its scores, sizes and history, with its whole configuration."
@@ -68,12 +70,14 @@ def make_record(
         "n": number[task.score],
         "metrics": {m: {"value": round(metrics[m], 4), "majority": v, "n": number[m]} for m, v in _majority(task, data).items()},
         "examples": {split: len(rows) for split, rows in data.items()},
+        **({"rows": chosen} if (chosen := rows_chosen(Paths(plan.profile).data(plan.task))) else {}),
         "trainable_parameters": saved["trainable_parameters"],
         "adapter_bytes": saved["adapter_bytes"],
         "chosen_step": saved["chosen_step"],
         "config": {k: saved[k] for k in ("training", "sizes", "max_length", "verbalizer", "source_prompts", "search") if k in saved},
         **({"swept": next(iter(plan.overrides))} if plan.overrides else {}),
         "history": history or {"step": [], "loss": [], "score": []},
+        "modules_moved": modules_moved(history or {}),
         "gate_weights": gates,
         "packages": package_versions(),
         "code": {"train": saved["code"], "evaluate": code_version("ept.training.evaluation", *module_of(plan.method))},
@@ -87,17 +91,17 @@ def _saved(adapter):
         saved["search"] = json.loads((adapter / "search.json").read_text())
     saved["adapter_bytes"] = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     history = pd.read_csv(adapter / "history.csv")
-    return saved, {c: [None if pd.isna(v) else v for v in history[c].tolist()] for c in history}
+    return saved, {c: [v if math.isfinite(v) else None for v in history[c].tolist()] for c in history}
 
 # %% ../../nbs/grid/55_records.ipynb #ddb8a43c
 def gate_weights(
     adapter: str | Path,  # folder
     backbone: "Backbone",
     digits: int = 4,
-) -> list[list[float]] | None:  # [m, K]; None for a prompt without a gate
+) -> list[list[float]] | None:  # [m, K]; None for a prompt without a gate, and for one whose gate reads the text
     "How much each space counts for each prompt token of a saved run."
     model = EPTModel.from_pretrained(backbone.model, adapter)
-    if getattr(model.prompt, "projection", None) is None:
+    if getattr(model.prompt, "projection", None) is None or model.prompt_config.text_gate:
         return None
     weights = model.gate_weights()
     return [[round(w, digits) for w in row] for row in weights.tolist()] if weights.shape[1] > 1 else None

@@ -86,5 +86,5 @@ class PromptMixture(Prompt):
 # %% ../../nbs/methods/33_attempt.ipynb #17c58e82
 register(
     Method("attempt", "a prompt of l tokens, an attention over source prompts", "Asai et al. 2022, equations 2 to 4", PromptMixture,
-           sources=("pt",), about="own; four sources of the six, one target task at a time")
+           sources=("pt",), about="own; six sources, two of them stand in for SQuAD and ReCoRD; one target task at a time")
 )

@@ -6,9 +6,10 @@
 __all__ = ['LowRankUpdate']
 
 # %% ../../nbs/methods/36_lora.ipynb #cdaf5365
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from fastcore.basics import patch
 from transformers import PreTrainedModel
 
 from .registry import Method, register
@@ -21,11 +22,16 @@ class LowRankUpdate(Adaptation):
     "Low-rank updates of the query and value layers (Hu et al. 2022, LoRA, equation 3); the layers are PEFT's."
 
     kind = "lora"
-    lora_rank: int = 32  # r
+    lora_rank: int | None = None  # r; None is d/24, at least 1
     lora_alpha: float | None = None  # the product is scaled by alpha / r; None is r
 
     def __post_init__(self):
         check_range(self, ("lora_rank",), least=1)
+
+    def resolve(self, backbone: PreTrainedModel) -> "LowRankUpdate":
+        "The rank for a backbone."
+        width = backbone.get_input_embeddings().weight.shape[1]
+        return replace(self, lora_rank=max(1, width // 24) if self.lora_rank is None else self.lora_rank)
 
     def adapt(self, backbone: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         "A copy with low-rank updates to train; `ValueError` for a type of model whose query and value layers PEFT does not know."
@@ -35,10 +41,10 @@ class LowRankUpdate(Adaptation):
 
         if (kind := backbone.config.model_type) not in known:
             raise ValueError(f"PEFT knows no query and value layers in a model of type {kind!r}; known are: {', '.join(sorted(known))}")
-        model, targets = copy_structure(backbone), known[kind]
+        rank, model, targets = self.resolve(backbone).lora_rank, copy_structure(backbone), known[kind]
         swapped = any(isinstance(m, Conv1D) for n, m in model.named_modules() if n.endswith(tuple(targets)))
-        alpha = self.lora_rank if self.lora_alpha is None else self.lora_alpha
-        config = peft.LoraConfig(r=self.lora_rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=swapped)
+        alpha = rank if self.lora_alpha is None else self.lora_alpha
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=swapped)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1)
             peft.inject_adapter_in_model(config, model)
@@ -46,13 +52,16 @@ class LowRankUpdate(Adaptation):
             parameter.data = parameter.data.float()
         return model.eval()
 
-    def num_parameters(self, backbone: PreTrainedModel) -> int:
-        "`r*(d_in + d_out)` for each of PEFT's target layers."
-        _peft()
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+# %% ../../nbs/methods/36_lora.ipynb #ea7a7d06
+@patch
+def num_parameters(self: LowRankUpdate, backbone: PreTrainedModel) -> int:
+    "`r*(d_in + d_out)` for each of PEFT's target layers."
+    _peft()
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
-        ends = tuple(f".{target}" for target in known.get(backbone.config.model_type, ()))
-        return sum(self.lora_rank * sum(m.weight.shape) for name, m in backbone.named_modules() if name.endswith(ends))
+    ends = tuple(f".{target}" for target in known.get(backbone.config.model_type, ()))
+    rank = self.resolve(backbone).lora_rank
+    return sum(rank * sum(m.weight.shape) for name, m in backbone.named_modules() if name.endswith(ends))
 
 # %% ../../nbs/methods/36_lora.ipynb #86cdac2c
 def _peft():
@@ -66,5 +75,5 @@ def _peft():
 # %% ../../nbs/methods/36_lora.ipynb #17c43195
 register(
     Method("lora", "low-rank updates of the query and value layers", "Hu et al. 2022, equation 3", LowRankUpdate,
-           about="PEFT's layers; rank 32, scale 1, no dropout")
+           about="PEFT's layers; rank d/24, the literature's 32 on T5-base; scale 1, no dropout")
 )

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .catalogue import catalogue
-from .sources import SOURCE_TASKS, read_sources, sources_of
+from .catalogue import SHARED, catalogue
+from .sources import SOURCE_TASKS, SharedPrompt, read_sources, sources_of
 from ..model.adaptation import Adaptation
 from ..model.modeling import EPTModel, start_of
 from ..model.saving import sizes_of
@@ -42,6 +42,7 @@ class Method:
     fixed: Mapping[str, Any] | None = None  # sizes of the kind that are not a matter of choice
     sources: tuple[str, ...] = ()  # methods whose runs on source tasks are needed
     most_sources: int | None = None  # how many source tasks are used; None is all
+    shared: bool = False  # whether it starts from one prompt that all source tasks share, not from those of each
     about: str = ""  # where the code comes from, and what differs from the original
     role: str = "comparison"  # of `ROLES`: what it is in a report
 
@@ -60,9 +61,23 @@ class Method:
         return self.adapts or self.resolve({})[0].short_length > 0
 
     @property
+    def reads_text(self) -> bool:
+        "Whether its prompt or offset depends on the text, so that it does not fold."
+        return not self.adapts and (self.kind.reads_text or self.resolve({})[0].text_gate)
+
+    @property
     def precision(self) -> str | None:
         "The backbone's number format that training needs; None where any will do."
         return self.kind.precision
+
+    def used(
+        self,
+        source_prompts: Mapping[str, Any] | None,  # by source task, or "shared"
+    ) -> dict[str, Any]:
+        "Those of the given source prompts that the method starts from."
+        given = dict(source_prompts or {}) if self.sources else {}
+        names = [name for name in given if (name == SHARED) == self.shared]
+        return {name: given[name] for name in names[: self.most_sources]}
 
     def resolve(
         self,
@@ -134,30 +149,40 @@ def source_runs(
     task: str,  # the target
     method: str | Method,  # a key of `METHODS`
     tasks: tuple[str, ...] = SOURCE_TASKS,  # source tasks to choose from
-) -> tuple[tuple[str, str], ...]:  # (source task, method), each to be trained beforehand with the seed of the target's run
+) -> tuple[tuple[str, str], ...]:  # (source task or "shared", method), each to be trained beforehand with the seed of the target's run
     "The runs whose prompts a run needs; empty for most methods."
     method = get_method(method)
+    if method.shared:
+        return ((SHARED, method.name),)
     return tuple((source, needed) for needed in method.sources for source in sources_of(task, method.most_sources, tasks))
+
+# %% ../../nbs/methods/30_registry.ipynb #a8cdd0af
+def _no_sources(method):
+    "The error for a method that is given nothing to start from: how to make it."
+    what, passed = ("prompts of other tasks", "task: adapter folder") if not method.shared else ("a prompt that source tasks share", f"'{SHARED}': adapter folder")
+    make = ", make one of their prompts with share_prompt" if method.shared else ""
+    return ValueError(
+        f"method {method.name!r} starts from {what}, and none is given; train method {method.sources[0]!r} on source tasks"
+        f" ({', '.join(SOURCE_TASKS)}){make}, then pass source_prompts={{{passed}}}"
+    )
 
 # %% ../../nbs/methods/30_registry.ipynb #398f22ae
 def build_method(
     name: str | Method,  # a key of `METHODS`
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,  # for an initial text only
-    source_prompts: Mapping[str, str | Path | Tensor] | None = None,  # source task -> adapter folder of a `pt` run, or prompt [l, d]
+    source_prompts: Mapping[str, str | Path | Tensor | SharedPrompt] | None = None,  # source task -> adapter folder of a `pt` run, or prompt [l, d]; "shared" -> of `share_prompt`
     **sizes,  # fields of `EPTConfig` and of the kinds' own sizes, the same for every method of a comparison
 ) -> EPTModel:
     "A method on a backbone, ready to train; the method decides what of the common sizes it uses. The backbone is not changed."
     method = get_method(name)
-    config, extra = method.resolve(sizes)
-    if method.sources and not source_prompts:
-        raise ValueError(
-            f"method {method.name!r} starts from prompts of other tasks, and none is given; train method {method.sources[0]!r} on source tasks"
-            f" ({', '.join(SOURCE_TASKS)}), then pass source_prompts={{task: adapter folder}}"
-        )
+    (config, extra), given = method.resolve(sizes), method.used(source_prompts)
+    if method.sources and not given:
+        raise _no_sources(method)
     if method.adapts:
         return EPTModel(backbone, config, tokenizer, adaptation=extra)
-    sources = torch.stack(list(read_sources(source_prompts, backbone, config.short_length).values())) if method.sources else None
+    found = read_sources(given, backbone, config.short_length)
+    sources = found[SHARED] if method.shared else torch.stack(list(found.values())) if found else None
     start = start_of(config, backbone, tokenizer)
     return EPTModel(backbone, prompt=method.kind(config.resolve(start.shape[1]), start, extra, sources))
 

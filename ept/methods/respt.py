@@ -7,7 +7,7 @@ __all__ = ['ResidualConfig', 'ResidualPrompt']
 
 # %% ../../nbs/methods/32_respt.ipynb #a6e0e525
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,17 @@ from ..utils.checking import check_range
 class ResidualConfig:
     "Sizes of a residual prompt beside the prompt's own."
 
-    residual_width: int = 800  # of the shared network between its two layers
+    residual_width: int | None = None  # h, of the shared network between its two layers; None is 800/768 of d, at least 1
 
     def __post_init__(self):
         check_range(self, ("residual_width",), least=1)
+
+    def resolve(
+        self,
+        width: int,  # d
+    ) -> "ResidualConfig":
+        "The width of the network on a backbone."
+        return replace(self, residual_width=max(1, round(width * 800 / 768)) if self.residual_width is None else self.residual_width)
 
 # %% ../../nbs/methods/32_respt.ipynb #a16576fa
 class ResidualPrompt(Prompt):
@@ -40,8 +47,8 @@ class ResidualPrompt(Prompt):
         extra: ResidualConfig,
         sources: None = None,  # it starts from no other prompt
     ):
-        super().__init__(config, extra)
-        width, hidden = start.shape[1], extra.residual_width
+        super().__init__(config, extra.resolve(start.shape[1]))
+        width, hidden = start.shape[1], self.extra.residual_width
         generator = torch.Generator().manual_seed(config.seed + 1)
         uniform = lambda *shape, fan: nn.Parameter((torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan))
         self.embeddings = nn.Parameter(start.clone().float())  # P, [m, d]
@@ -52,7 +59,8 @@ class ResidualPrompt(Prompt):
     @classmethod
     def num_parameters(cls, config: EPTConfig, extra: ResidualConfig, width: int) -> int:
         "Trainable parameters: `m*d + 2*d*h + h + 3*d`."
-        return config.short_length * width + 2 * width * extra.residual_width + extra.residual_width + 3 * width
+        hidden = extra.resolve(width).residual_width
+        return config.short_length * width + 2 * width * hidden + hidden + 3 * width
 
     def forward(self) -> tuple[Tensor, None]:
         "The prompt `P'`, [m, d], and no offset."
@@ -63,5 +71,5 @@ class ResidualPrompt(Prompt):
 # %% ../../nbs/methods/32_respt.ipynb #d65dcd3c
 register(
     Method("respt", "a prompt of l tokens, a shared network with a shortcut", "Razdaibiedina et al. 2023, section 3", ResidualPrompt,
-           about="own; l tokens instead of 10, the network's rate is the modules'")
+           about="own; l tokens instead of 10, the network's width in proportion to d, its rate is the modules'")
 )

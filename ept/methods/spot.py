@@ -27,5 +27,5 @@ class TransferredPrompt(SoftPrompt):
 # %% ../../nbs/methods/37_spot.ipynb #c6d96296
 register(
     Method("spot", "a prompt of l tokens, started from a source task's", "Vu et al. 2022, section 2", TransferredPrompt, EPTConfig.plain,
-           sources=("pt",), most_sources=1, about="own; one source, MNLI where possible, no choice by similarity")
+           sources=("pt",), most_sources=1, about="own; one source, MNLI where possible: a choice by similarity needs a prompt trained on the target first")
 )

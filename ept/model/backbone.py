@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,7 @@ def materialise(
     folder: str | Path,  # to be made; appears whole or not at all
     revision: str | None = None,  # commit on the hub; None is the source's own, or the newest
     label: str | None = None,  # what the backbone is called from then on; None is `name`
+    finish: Callable[[Path], None] | None = None,  # what is done to the folder before it appears
 ) -> Path:  # `folder`
     "Turn a backbone's source into an ordinary local model folder with `backbone.json` beside the weights."
     source = SOURCES.get(name, BackboneSource(hub=name))
@@ -209,6 +211,8 @@ def materialise(
             found = shutil.copytree(name, temporary, dirs_exist_ok=True) and revision
         else:
             found = _from_gguf(source, temporary) if source.package else _from_hub(source, temporary)
+        if finish:
+            finish(temporary)
         write_json(temporary / "backbone.json", {"name": label or name, "revision": found})
         if folder.exists():
             shutil.rmtree(folder)

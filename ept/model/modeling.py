@@ -22,7 +22,7 @@ from .families import family_for, padding_last, reorder
 from .saving import check_backbone, check_shapes, describe_backbone, find_kind, read_adapter, sizes_of, write_adapter
 from .scoring import score_candidates
 from ..prompt.base import FoldedPrompt, Prompt
-from ..prompt.soft import EPTConfig, SoftPrompt, initial_prompt
+from ..prompt.soft import EPTConfig, SoftPrompt, initial_pair, initial_prompt
 from ..utils.checking import from_dict
 
 # %% ../../nbs/model/25_modeling.ipynb #6b2c6437
@@ -30,13 +30,13 @@ def start_of(
     config: EPTConfig,
     backbone: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,  # needed for an initial text only
-) -> Tensor:  # P, [m, d], float32
-    "The prompt at step 0 on a backbone."
+) -> Tensor:  # P, [m, d], float32; behind it, where the pair starts from something, its rows, [m + s, d]
+    "What a prompt starts from on a backbone."
     text = tokenizer(config.initial_text, add_special_tokens=False).input_ids if tokenizer and config.initial_text else None
     vocabulary = backbone.get_input_embeddings().weight
     if vocabulary.is_meta:  # shapes without numbers, to count parameters
         return torch.zeros(config.short_length, vocabulary.shape[1])
-    return initial_prompt(config, vocabulary, text)
+    return torch.cat([initial_prompt(config, vocabulary, text), initial_pair(config, vocabulary)])
 
 # %% ../../nbs/model/25_modeling.ipynb #5da4520d
 class EPTModel(nn.Module):

@@ -31,7 +31,7 @@ class Prompt(nn.Module, Kind):
     "What stands before a text. A kind of prompt is a subclass with a `kind`, an `__init__(config, start, extra, sources)` and a `forward`."
 
     Sizes: ClassVar[type | None] = None  # dataclass of the sizes that it has beside `EPTConfig`'s; None: it has none
-    reads_text: ClassVar[bool] = False  # whether the prompt or the offset depends on the text
+    reads_text: bool = False  # whether the prompt or the offset depends on the text, of a kind or of one prompt
     groups: ClassVar[Mapping[str, str]] = {"embeddings": "prompt"}  # beginning of a parameter's name -> "prompt" or "pair"; all others are "modules"
     precision: ClassVar[str | None] = None  # number format that training needs of the backbone; None: any will do
 
@@ -69,6 +69,16 @@ class Prompt(nn.Module, Kind):
     def gate_weights(self) -> Tensor:
         "G, [m, K], of a prompt that has a gate; `ValueError` for any other."
         raise ValueError("this prompt has no gate: projection is off or the prompt is folded; use an unfolded EPT prompt")
+
+    def inside(self) -> dict[str, float]:
+        "What happens inside, for the history of a training; {} where there is nothing to tell."
+        return {}
+
+    def cover(
+        self,
+        length: int,  # tokens of the longest training text
+    ) -> None:
+        "Training says once, before its first step, how far its texts reach; most prompts have no use for it."
 
     def fold(self) -> "FoldedPrompt":
         "The constants that the prompt computes; `ValueError` where they depend on the text."

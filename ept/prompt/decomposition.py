@@ -9,6 +9,7 @@ __all__ = ['LowRankOffset', 'largest_rank', 'check_budget']
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 # %% ../../nbs/prompt/10_decomposition.ipynb #10bfea03
@@ -32,6 +33,21 @@ class LowRankOffset(nn.Module):
     def forward(self) -> Tensor:
         "The offset of every position, [s, d]; row `i` belongs to the `i`-th token of the text."
         return self.scale * (self.position_factors @ self.embedding_factors)
+
+# %% ../../nbs/prompt/10_decomposition.ipynb #10a0svd2
+@patch
+@torch.no_grad()
+def start_from(
+    self: LowRankOffset,
+    rows: Tensor,  # embeddings, one for each position, [s, d]
+    share: float = 0.1,  # of the rows' size at which the offset starts
+) -> None:
+    "Set the pair to the best approximation of some rows, by a truncated SVD; factors beyond their rank stay random and zero (our reading)."
+    left, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    length, rank = self.position_factors.shape
+    held, size = min(rank, len(sizes)), math.sqrt(length / (3 * rank))  # of a column of a random A
+    self.position_factors[:, :held] = size * left[:, :held]
+    self.embedding_factors[:held] = share / (self.scale * size) * sizes[:held, None] * right[:held]
 
 # %% ../../nbs/prompt/10_decomposition.ipynb #1efebba7
 def largest_rank(

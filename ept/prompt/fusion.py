@@ -36,14 +36,16 @@ class PromptFusion(nn.Module):
         width: int,  # d
         fusion_width: int = 4,  # h
         generator: torch.Generator | None = None,  # for the start of the projections
+        start: float = 0.0,  # of the strength g_f
     ):
         super().__init__()
         self.query = nn.Parameter(torch.randn(width, fusion_width, generator=generator) / math.sqrt(width))  # [d, h]
         self.key = nn.Parameter(torch.randn(width, fusion_width, generator=generator) / math.sqrt(width))  # [d, h]
-        self.strength = nn.Parameter(torch.zeros(()))  # g_f
+        self.strength = nn.Parameter(torch.tensor(float(start)))  # g_f
 
-    @staticmethod
+    @classmethod
     def size(
+        cls,
         width: int,  # d
         fusion_width: int,  # h
     ) -> int:
@@ -52,13 +54,23 @@ class PromptFusion(nn.Module):
 
 # %% ../../nbs/prompt/11_fusion.ipynb #7c5a5418
 @patch
+def levelled(
+    self: PromptFusion,
+    known: Tensor,  # X, [m + n, d]
+    prompt: Tensor,  # P, [m, d]
+) -> Tensor:  # [m + n, d]
+    "The rows of X at the size at which attention sees them: all the same, `n(X)`."
+    return normalise(known)
+
+
+@patch
 def attention_weights(
     self: PromptFusion,
     prompt: Tensor,  # P, [m, d]
-    known: Tensor,  # X = [P ; c*A@B], [m + s, d]; without a pair P
-) -> Tensor:  # [m, m + s]; rows sum to one
+    known: Tensor,  # X = [P ; c*A@B], [m + n, d]; without a pair P
+) -> Tensor:  # [m, m + n]; rows sum to one
     "How much each prompt token attends to each row of what is known."
-    queries, keys = normalise(prompt) @ self.query, normalise(known) @ self.key
+    queries, keys = normalise(prompt) @ self.query, self.levelled(known, prompt) @ self.key
     return torch.softmax(queries @ keys.T / math.sqrt(queries.shape[-1]), dim=-1)
 
 # %% ../../nbs/prompt/11_fusion.ipynb #3db4256f
@@ -66,7 +78,7 @@ def attention_weights(
 def forward(
     self: PromptFusion,
     prompt: Tensor,  # P, [m, d]
-    offset: Tensor | None,  # c*A@B, [s, d]; None when there is no pair
+    offset: Tensor | None,  # rows of c*A@B, [n, d]; None when there is no pair
 ) -> Tensor:  # F, [m, d]
     "Attend from the prompt to the rows of the prompt and of the offset."
     known = prompt if offset is None else torch.cat([prompt, offset])

@@ -26,12 +26,17 @@ class MultiSpaceProjection(nn.Module):
         generator: torch.Generator | None = None,  # for the start of the down-projections
     ):
         super().__init__()
-        self.down = nn.Parameter(torch.randn(spaces, width, space_width, generator=generator) / math.sqrt(width))  # U, [K, d, k]
-        self.up = nn.Parameter(torch.zeros(spaces, space_width, width))  # V, [K, k, d]
+        self.make_spaces(width, spaces, space_width, generator)
         self.gate = nn.Parameter(torch.zeros(width, spaces - 1)) if spaces > 1 else None  # W_g, [d, K-1]
 
-    @staticmethod
+    def make_spaces(self, width: int, spaces: int, space_width: int, generator: torch.Generator | None) -> None:
+        "The parameters of the spaces."
+        self.down = nn.Parameter(torch.randn(spaces, width, space_width, generator=generator) / math.sqrt(width))  # U, [K, d, k]
+        self.up = nn.Parameter(torch.zeros(spaces, space_width, width))  # V, [K, k, d]
+
+    @classmethod
     def size(
+        cls,
         width: int,  # d
         spaces: int,  # K
         space_width: int,  # k
@@ -43,20 +48,39 @@ class MultiSpaceProjection(nn.Module):
 @patch
 def gate_weights(
     self: MultiSpaceProjection,
-    prompt: Tensor,  # P, [m, d]
-) -> Tensor:  # G, [m, K]; rows sum to one
+    read: Tensor,  # what the gate reads for each prompt token, [..., m, d]; here P
+) -> Tensor:  # G, [..., m, K]; rows sum to one
     "How much each space counts for each prompt token."
-    fixed = prompt.new_zeros(len(prompt), 1)
-    logits = fixed if self.gate is None else torch.cat([normalise(prompt) @ self.gate, fixed], dim=-1)
+    fixed = read.new_zeros(*read.shape[:-1], 1)
+    logits = fixed if self.gate is None else torch.cat([normalise(read) @ self.gate, fixed], dim=-1)
     return torch.softmax(logits, dim=-1)
 
 # %% ../../nbs/prompt/12_projection.ipynb #b65c1744
 @patch
+def hidden(
+    self: MultiSpaceProjection,
+    prompt: Tensor,  # P, [m, d]
+) -> Tensor:  # [K, m, k]
+    "The prompt tokens in each space."
+    return normalise(prompt) @ self.down
+
+
+@patch
+def proposals(
+    self: MultiSpaceProjection,
+    prompt: Tensor,  # P, [m, d]
+) -> Tensor:  # Z, [K, m, d]
+    "The correction of each token that each space proposes, relative to the size of the token."
+    return self.hidden(prompt) @ self.up
+
+
+@patch
 def forward(
     self: MultiSpaceProjection,
     prompt: Tensor,  # P, [m, d]
-) -> Tensor:  # S, [m, d]
+    read: Tensor | None = None,  # what the gate reads for each prompt token, [m, d], or [B, m, d]; None is P
+) -> Tensor:  # S, [m, d], or [B, m, d]
     "The gated sum of the projections, at the scale of the prompt."
-    projected = normalise(prompt) @ self.down @ self.up  # Z, [K, m, d]
-    mixed = torch.einsum("mk,kmd->md", self.gate_weights(prompt), projected)
+    proposals = self.proposals(prompt)
+    mixed = torch.einsum("...mk,kmd->...md", self.gate_weights(prompt if read is None else read), proposals)
     return root_mean_square(prompt) * mixed

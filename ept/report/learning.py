@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHARES', 'TARGETS', 'INSIDE', 'learned', 'speed', 'progress', 'speed_table', 'inside', 'stayed']
 
-# %% ../../nbs/report/62b_learning.ipynb #1f3335c3
+# %% ../../nbs/report/62b_learning.ipynb #5f1633e3
 import math
 from functools import lru_cache
 
@@ -14,7 +14,8 @@ import pandas as pd
 
 from .results import ScoreTable
 from .tables import Cell, Table, averaged
-from ..training.curves import area_under, at_shares, modules_moved, steps_to
+from ..training.curves import area_under, at_shares, steps_to
+from ..training.inside import modules_moved
 
 # %% ../../nbs/report/62b_learning.ipynb #eba70758
 SHARES = {"quarter": 0.25, "half": 0.5, "whole": 1}  # of the steps

@@ -23,7 +23,7 @@ from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, lo
 from .statistics import DRAWS, RESAMPLED, Difference, gaps, holm, interval, ranks, resample, seed_weights, weighted_scores, wilcoxon
 from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
-from ..training.curves import modules_moved
+from ..training.inside import modules_moved
 from ..utils.files import write_atomic
 
 # %% ../../nbs/report/61_results.ipynb #3dd07340

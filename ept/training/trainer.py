@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..model.backbone import keep_freed_memory
 from ..model.modeling import EPTModel
-from .config import NonFiniteLoss, TrainingConfig
+from .config import RATES, NonFiniteLoss, TrainingConfig
 from ..utils.files import write_json
 
 # %% ../../nbs/training/43_trainer.ipynb #6cabd5a6
@@ -58,11 +58,18 @@ class PromptTrainer(Trainer):
 
     def evaluate(self, *_, **__) -> dict[str, float]:
         self.pause()
-        metrics = {f"eval_{name}": value for name, value in self.validate(self.accelerator.unwrap_model(self.model)).items()}
-        self.log(metrics)
+        model = self.accelerator.unwrap_model(self.model)
+        found = self.validate(model) | model.prompt.inside() | self.reach()
+        self.log(metrics := {f"eval_{name}": value for name, value in found.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.started = time.perf_counter()
         return metrics
+
+    def reach(self) -> dict[str, float]:
+        "The sum of the learning rates so far, of each group: AdamW moves a number by about its rate at a step, so by hardly more than this."
+        schedule = self.lr_scheduler.lr_lambdas[0]  # the same for all groups: the share of the rate at a step
+        steps = sum(schedule(step) for step in range(self.state.global_step))
+        return {f"reach_{group['name']}": group["initial_lr"] * steps for group in self.optimizer.param_groups}
 
     def pause(self):
         "Add the time since the last start to the seconds of training."
@@ -105,9 +112,8 @@ def optimizer_groups(
     training: TrainingConfig,
 ) -> list[dict]:  # for torch's AdamW
     "The parameter groups, one learning rate each."
-    rates = {"prompt": training.learning_rate, "pair": training.pair_learning_rate, "modules": training.module_learning_rate, "weights": training.weight_learning_rate}
     return [
-        {"params": list(named.values()), "lr": rates[group], "weight_decay": training.weight_decay, "name": group}
+        {"params": list(named.values()), "lr": getattr(training, RATES[group]), "weight_decay": training.weight_decay, "name": group}
         for group, named in model.parameter_groups().items()
         if named
     ]
@@ -119,12 +125,13 @@ def trainer_arguments(
     on_cpu: bool,  # whether the backbone is there
     checkpoint_dir: str | Path,
     workers: int = 0,  # processes that load batches
+    resumed: bool = False,  # from a checkpoint: the start has been validated
 ) -> TrainingArguments:
     "The arguments of a run."
     return TrainingArguments(
         output_dir=str(checkpoint_dir), max_steps=training.steps, per_device_train_batch_size=training.batch_size,
         warmup_steps=training.warmup_steps, lr_scheduler_type="linear", max_grad_norm=training.clip,
-        eval_strategy="steps", eval_steps=training.evaluate_every, save_strategy="steps", save_steps=training.evaluate_every,
+        eval_strategy="steps", eval_steps=training.evaluate_every, eval_on_start=not resumed, save_strategy="steps", save_steps=training.evaluate_every,
         logging_steps=max(1, min(10, training.evaluate_every)), logging_nan_inf_filter=False, save_total_limit=2,
         load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, seed=seed,
         dataloader_num_workers=workers, use_cpu=on_cpu, remove_unused_columns=False, report_to="none", disable_tqdm=True,

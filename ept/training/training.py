@@ -29,11 +29,12 @@ from ..data.metrics import score_task
 from ..data.tasks import Task, get_task
 from ..methods.catalogue import module_of
 from ..methods.registry import Method, build_method, get_method
-from ..methods.sources import read_sources, sources_of
+from ..methods.sources import SharedPrompt, read_sources, sources_of
 from ..model.backbone import Backbone, fingerprint
 from ..model.modeling import EPTModel
 from .batching import collate, plan_batches
 from .config import TrainingConfig
+from .inside import modules_moved
 from .ranking import predict, rank_labels
 from ..utils.files import write_atomic, write_json
 from ..utils.fingerprints import code_version
@@ -62,7 +63,7 @@ class Run:
     method: str
     seed: int
     adapter_dir: Path
-    history: pd.DataFrame  # step, loss, score (validation, percent); one row a logging or validation
+    history: pd.DataFrame  # step, loss, score (validation, percent), what the prompt says of its inside, reach_<group>; one row a logging or validation, NaN where it has none
     chosen_step: int  # the step whose prompt was best on validation
     validation_score: float  # its score, percent
     trainable_parameters: int
@@ -70,20 +71,22 @@ class Run:
     cost: dict = field(default_factory=dict)  # seconds, examples and tokens a second, bytes, device, precision
 
     def _repr_markdown_(self):
+        stayed = ", modules stayed at their start" if modules_moved(self.history) is False else ""
         return (
-            f"**{self.method}** on **{self.task}**, seed {self.seed}: validation {self.validation_score:.1f} at step {self.chosen_step}"
+            f"**{self.method}** on **{self.task}**, seed {self.seed}: validation {self.validation_score:.1f} at step {self.chosen_step}{stayed}"
             f", {self.trainable_parameters:,} trainable parameters, {self.cost.get('train_seconds', 0):.0f} s, `{self.adapter_dir}`"
         )
 
 # %% ../../nbs/training/44_training.ipynb #37d75904
 def _history(log):
-    "Losses and validation scores of a Trainer's log, one row a step."
+    "Losses and what the validations found, of a Trainer's log, one row a step."
     rows: dict[int, dict] = {}
     for entry in log:
         row = rows.setdefault(entry["step"], {"step": entry["step"], "loss": float("nan"), "score": float("nan")})
-        row["loss"] = entry.get("loss", row["loss"])
-        row["score"] = entry.get("eval_score", row["score"])
-    return pd.DataFrame(list(rows.values()), columns=["step", "loss", "score"])
+        row |= {name.removeprefix("eval_"): value for name, value in entry.items() if name == "loss" or name.startswith("eval_")}
+    first = ["step", "loss", "score"]
+    others = {name for row in rows.values() for name in row} - set(first)
+    return pd.DataFrame(list(rows.values()), columns=[*first, *sorted(others)])  # sorted, as a checkpoint sorts the names in its log
 
 
 def _processor(device):
@@ -115,7 +118,18 @@ class _Job:
     model: EPTModel
     encoder: Encoder
     data: DatasetDict
-    sources: dict[str, torch.Tensor] = field(default_factory=dict)  # source task -> prompt, of methods that start from some
+    sources: dict[str, torch.Tensor | SharedPrompt] = field(default_factory=dict)  # source task -> prompt, of methods that start from some
+
+    @property
+    def title(self):
+        "What a bar calls it."
+        return f"{self.method.name} on {self.task.name}"
+
+    @cached_property
+    def features(self):
+        "Token ids of every training text and of its label."
+        rows, encoder = self.data["train"], self.encoder
+        return list(zip(encoder.encode(rows), [encoder.candidates[encoder.target(label)] for label in rows["label"]]))
 
     @cached_property
     def validation(self):
@@ -132,6 +146,31 @@ class _Job:
         groups = rows[self.task.group] if self.task.group else None
         metrics = score_task(self.task, predict(self.task, scores), rows["label"], groups)
         return {"score": metrics[self.task.metrics[0]]}
+
+# %% ../../nbs/training/44_training.ipynb #f975362a
+@patch
+def plan(self: _Job):
+    "The examples of every step."
+    return plan_batches([len(text) for text, _ in self.features], self.training.batch_size, self.training.steps, self.seed)
+
+
+@patch
+def collate(self: _Job, pairs):
+    "One batch of features."
+    return collate(*map(list, zip(*pairs)), self.backbone.family, self.backbone.tokenizer.pad_token_id)
+
+
+@patch
+def digest(self: _Job):
+    "A hash of all that is trained and validated on."
+    texts, targets = map(list, zip(*self.features))
+    return hashlib.sha256(json.dumps([texts, targets, self.validation[1]]).encode()).hexdigest()
+
+
+@patch
+def finished(self: _Job):
+    "The model that is written when training is over."
+    return self.model
 
 # %% ../../nbs/training/44_training.ipynb #89c48029
 @patch(as_prop=True)
@@ -151,18 +190,18 @@ def config(self: _Job):
     }
 
 
-def _digest(tensor):
-    "A short hash of a tensor's numbers."
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:16]
+def _digest(prompt):
+    "A short hash of the numbers of a source prompt."
+    tensors = prompt if isinstance(prompt, SharedPrompt) else [prompt]
+    return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()[:16]
 
 # %% ../../nbs/training/44_training.ipynb #5e1d9dfb
 def _sources(task, method, sizes, backbone, source_prompts):
     "The prompts of other tasks that a method starts from; those it does not use are not read."
-    if not method.sources or not source_prompts:
+    if not (used := method.used(source_prompts)):
         return {}
-    if task.name in source_prompts:
+    if task.name in used:
         raise ValueError(f"{task.name!r} is among its own source prompts; pass those of other tasks: {', '.join(sources_of(task.name))}")
-    used = dict(list(source_prompts.items())[: method.most_sources])
     return read_sources(used, backbone.model, method.resolve(sizes)[0].short_length)
 
 # %% ../../nbs/training/44_training.ipynb #f7688283
@@ -170,22 +209,18 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
     from ept.training.trainer import ProgressBar, PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
 
-    rows, encoder, family = job.data["train"], job.encoder, job.backbone.family
-    texts, targets = encoder.encode(rows), [encoder.candidates[encoder.target(label)] for label in rows["label"]]
-    digest = hashlib.sha256(json.dumps([texts, targets, job.validation[1]]).encode()).hexdigest()
-    identity = job.config | {"data": digest, "dtype": str(job.backbone.model.dtype)}
+    plan, on_cpu = job.plan(), job.backbone.model.device.type == "cpu"
+    job.model.prompt.cover(max(len(row[0]) for row in job.features))
+    identity = job.config | {"data": job.digest(), "dtype": str(job.backbone.model.dtype)}
     checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
-    plan = plan_batches([len(t) for t in texts], job.training.batch_size, job.training.steps, job.seed)
-    pad_id, on_cpu = job.backbone.tokenizer.pad_token_id, job.backbone.model.device.type == "cpu"
     trainer = PromptTrainer(
-        job.model, plan, list(zip(texts, targets)), lambda pairs: collate(*map(list, zip(*pairs)), family, pad_id), job.validate,
-        optimizer_groups(job.model, job.training), seconds, eval_dataset=rows, args=trainer_arguments(job.training, job.seed, on_cpu, checkpoint_dir, workers),
-        callbacks=[ProgressBar(f"{job.method.name} on {job.task.name}")] if progress else None,
+        job.model, plan, job.features, job.collate, job.validate, optimizer_groups(job.model, job.training), seconds, eval_dataset=job.features,
+        args=trainer_arguments(job.training, job.seed, on_cpu, checkpoint_dir, workers, bool(checkpoint)), callbacks=[ProgressBar(job.title)] if progress else None,
     )
     trainer.started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.pause()
-    tokens = sum(len(texts[i]) for batch in plan for i in batch)
+    tokens = sum(len(job.features[i][0]) for batch in plan for i in batch)
     cost = {
         "train_seconds": trainer.seconds,
         "examples_per_second": len(plan) * job.training.batch_size / trainer.seconds,
@@ -209,6 +244,22 @@ def _write_run(run, model):
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
+# %% ../../nbs/training/44_training.ipynb #e4c3ac00
+def _complete(job, output_dir, checkpoint_dir, workers, progress):
+    "Train a job's model, if there is anything to train, and write its adapter; the `Run`."
+    checkpoint_dir = Path(checkpoint_dir or output_dir.parent / f".{output_dir.name}-checkpoints")
+    if job.method.trained:
+        history, step, score, cost = _run_trainer(job, checkpoint_dir, workers, progress)
+    else:
+        score, step, history = job.validate(job.model)["score"], 0, _history([])
+        cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0, "work": None}
+    device, precision = job.backbone.model.device, str(job.model.backbone.dtype).removeprefix("torch.")
+    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": _processor(device), "precision": precision}
+    run = Run(job.config["task"], job.method.name, job.seed, output_dir, history, step, score, job.model.num_trainable_parameters(), job.config, cost)
+    _write_run(run, job.finished())
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+    return run
+
 # %% ../../nbs/training/44_training.ipynb #1e6407e0
 def train(
     task: str | Task,  # a name of `TASKS`, or a task of your own
@@ -220,7 +271,7 @@ def train(
     checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside the adapter; removed at the end
     training: TrainingConfig = TrainingConfig(),
     sizes: dict | None = None,  # fields of `EPTConfig` and of the method's further sizes; the seed is set from `seed`
-    source_prompts: dict | None = None,  # source task -> adapter folder of a `pt` run, for methods that start from some
+    source_prompts: dict | None = None,  # source task -> adapter folder of a `pt` run, "shared" -> what `share_prompt` has made; for methods that start from some
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
 ) -> Run:
@@ -232,16 +283,4 @@ def train(
     data = load_task(task, shots=training.shots or None, shots_seed=seed) if data is None else data
     encoder = Encoder(task, backbone.tokenizer, backbone.style, model.prompt_config.max_length, training.verbalizer)
     job = _Job(task, method, seed, backbone, training, model, encoder, data, sources)
-    output_dir = Path(output_dir or Path("adapters") / f"{task.name}-{method.name}-{seed}")
-    checkpoint_dir = Path(checkpoint_dir or output_dir.parent / f".{output_dir.name}-checkpoints")
-    if method.trained:
-        history, step, score, cost = _run_trainer(job, checkpoint_dir, workers, progress)
-    else:
-        score, step, history = job.validate(model)["score"], 0, _history([])
-        cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0, "work": None}
-    device = backbone.model.device
-    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": _processor(device), "precision": str(model.backbone.dtype).removeprefix("torch.")}
-    run = Run(task.name, method.name, seed, output_dir, history, step, score, model.num_trainable_parameters(), job.config, cost)
-    _write_run(run, model)
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
-    return run
+    return _complete(job, Path(output_dir or Path("adapters") / f"{task.name}-{method.name}-{seed}"), checkpoint_dir, workers, progress)

@@ -60,19 +60,19 @@ def from_dict(
     values: dict,  # its fields; missing ones take their defaults
     where: str = "",  # prefix for messages, such as "training"
 ):
-    "An instance of the dataclass `cls` from a dictionary; `ValueError` for unknown and missing names and wrong types."
+    'An instance of the dataclass `cls` from a dictionary; `ValueError` for unknown and missing names and wrong types. A field whose metadata has a "name" is called so.'
     if not isinstance(values, dict):
         raise ValueError(f"{where or cls.__name__} is {values!r}; it must be a mapping of parameters")
     kinds = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls) if f.init]
+    fields = {f.metadata.get("name", f.name): f for f in dataclasses.fields(cls) if f.init}
     for name in values:
         if name not in fields:
             raise unknown("parameter", f"{where}.{name}" if where else name, fields)
     empty = dataclasses.MISSING
-    required = [f.name for f in dataclasses.fields(cls) if f.init and f.default is empty and f.default_factory is empty]
+    required = [name for name, f in fields.items() if f.default is empty and f.default_factory is empty]
     if absent := [name for name in required if name not in values]:
         raise ValueError(f"{where}.{absent[0]} is missing; {where} needs {', '.join(required)}" if where else f"{absent[0]} is missing; {cls.__name__} needs {', '.join(required)}")
-    return cls(**{k: _convert(v, kinds[k], f"{where}.{k}" if where else k) for k, v in values.items()})
+    return cls(**{fields[k].name: _convert(v, kinds[fields[k].name], f"{where}.{k}" if where else k) for k, v in values.items()})
 
 # %% ../../nbs/utils/00_checking.ipynb #986e8ad6
 def check_range(

@@ -26,7 +26,7 @@ PROJECT = {  # what makes a folder a DVC project
     ".dvc/config": "[core]\n    analytics = false\n    check_update = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     ".dvc/plots/curves.json": (ROOT / ".dvc" / "plots" / "curves.json").read_text(),
-    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\n",
+    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\nruns/search\n",
 }
 
 
@@ -46,10 +46,17 @@ def generated(profile):
         code = [f"{root}{name}" for name in sorted(reached)] + [f"{root}nbs/pipelines/{name}" for name in notebooks]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
-    write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, **values)
+    choices = seen_from(folder, profile.choice_file("ept").parent) if profile.searched else None
+    write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, choices=choices, **values)
     tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=lists, files=rows_of(profile, task, root)) for task in profile.grid.tasks}
     task_files = [seen_from(folder, task.data.folder / f"{name}.yaml") for name, task in profile.own.items()]
-    return project | {"dvc.yaml": write("profile.yaml.jinja", task_files=task_files)} | tasks
+    return project | {"dvc.yaml": write("profile.yaml.jinja", task_files=task_files, searches=searches(profile))} | tasks
+
+
+def searches(profile):
+    "Suffix of a search's stage -> the methods that have trials in it; those that start from other tasks have to wait for their sources."
+    transfer = {suffix: [m for m in profile.tried if (m in profile.grid.transfer) == bool(suffix)] for suffix in ("", "-transfer")}
+    return {suffix: methods for suffix, methods in transfer.items() if methods}
 
 
 def seen_from(folder, file):
@@ -61,7 +68,7 @@ def rows_of(profile, task, root):
     "Files or folders of this repository in which a task's rows lie, relative to the profile's folder; none for the benchmarks."
     if task in profile.own:
         return [seen_from(profile.file.parent, file) for file in profile.own[task].data.files.values()]
-    return [f"{root}{profile.data.folder}"] if profile.data.folder else []
+    return [f"{root}{profile.data.folder}/{profile.task(task).hub.folder}"] if profile.data.folder else []
 
 
 def differences(profile):

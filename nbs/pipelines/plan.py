@@ -30,9 +30,10 @@ def write_plan(file="params.yaml"):
     other, left = differences(profile)
     if other or left:
         raise ValueError(f"{', '.join((*other, *left))} {'is' if len((*other, *left)) == 1 else 'are'} not what {file} asks for; run: make pipeline")
+    methods = dict.fromkeys((*profile.grid.methods, *(("pt",) if profile.grid.transfer else ())))  # source prompts are of `pt`
     plan = {
         "code": {notebook.stem: code_version(notebook) for notebook in sorted(HERE.glob("*.ipynb"))},
-        "methods": {method: {"code": code_version(known[method]), "parameters": profile.methods.get(method, {})} for method in profile.grid.methods},
+        "methods": {method: {"code": code_version(known[method]), "parameters": profile.methods.get(method, {})} for method in methods},
         "text": {task: profile.text(task) for task in profile.grid.tasks},
     }
     write_json(Paths(profile).plan, plan)

@@ -2,8 +2,8 @@
 
     [23/39] ept rte 74.0 (majority 47.0) 19 s, 3:10 left
 
-It reads what the jobs print, writes it to their logs, and understands four things of it: which stage DVC begins or skips, the
-steps of a training, and that a stage is done. Where the output is no terminal, the finished runs are plain lines and the rest is
+It reads what the jobs print, writes it to their logs, and understands five things of it: which stage DVC begins or skips, the
+steps of a training, a trial of a search, and that a stage is done. Where the output is no terminal, the finished runs are plain lines and the rest is
 left out.
 """
 
@@ -23,6 +23,7 @@ from rich.progress import Progress as Bars
 STAGE = r"tage '(?:tasks/([\w.-]+)/)?(?:dvc\.yaml:)?([\w-]+)(?:@([\w.-]+))?'"  # task, kind of stage, the rest of its name
 BEGIN, SKIP = re.compile(f"Running s{STAGE}"), re.compile(f"S{STAGE} didn't change, skipping")
 STEP = re.compile(r"\|\s*(\d+)/(\d+) \[")
+TRIAL = re.compile(r"^trial \d+/\d+ of ")
 DONE = re.compile(r"^(evaluate|reference|sweep) ([\w.-]+) .*: [\d.]+ s, see .*?/(?:evaluate|reference|sweep)-([\w.-]+)\.ipynb")
 FAIL = re.compile(r"^(?:ERROR|error): (.+)")
 AROUND = 2.0  # seconds of a run beside its training
@@ -102,6 +103,8 @@ class Progress:
                 self.bars.update(self.whole, completed=len(self.made) + len(self.skipped))
         elif found := DONE.search(line):
             self._finished(name, self.keys.get(found[3], found[3]))
+        elif TRIAL.search(line):
+            self.say(line)
         elif found := FAIL.search(line):
             self.say(f"{name}: {found[1]} (see {self._relative(f'runs/logs/{name}.log')})")
         elif found := STEP.search(line):

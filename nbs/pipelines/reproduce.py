@@ -17,17 +17,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DVC = [sys.executable, "-m", "dvc"]
-ROUNDS = ("sources", "runs", "sweep")  # see `targets`; they name the jobs and their logs
+ROUNDS = ("sources", "shared", "searches", "runs")  # see `targets`; they name the jobs and their logs
 
 
 def targets(profile):
-    """Names of the stages: those that come first, then three rounds of blocks that may run side by side.
+    """Names of the stages: those that come first, then four rounds of blocks that may run side by side.
 
-    A block is a task and a method: its search, then training and evaluation for each seed. The first round makes the prompts
-    from which other runs start; it is empty where none do. The last is the sweep, at learning rates that the second round has
-    searched. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the others, so that
-    no job has all the slow ones.
+    The first round makes the prompts from which other runs start, the second what these share, the third searches, a block for each
+    method; each is empty where there is nothing to do. In the last a block is a task and a method, training and evaluation for each
+    seed, or a run of the sweep. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the
+    others, so that no job has all the slow ones.
     """
+    from layout import searches
+
     grid = profile.grid
     file = lambda task: f"tasks/{task}/dvc.yaml"
 
@@ -35,16 +37,17 @@ def targets(profile):
         if method in grid.references:
             return [f"{file(task)}:reference@{method}-{seed}" for seed in grid.seeds]
         kind = "-transfer" if method in grid.transfer else ""
-        search = [f"{file(task)}:search{kind}@{method}"] if profile.searched else []
-        return [*search, *(f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate"))]
+        return [f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate")]
 
-    sources = grid.sources if grid.transfer else ()
-    keep = lambda task: [f"dvc.yaml:source@{task}-{seed}" for seed in grid.seeds]
-    first = [(i, block(task, "pt") + keep(task)) for i, task in enumerate(sources)]
-    pairs = [(i + j, task, method) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
-    rest = [(i, block(task, method)) for i, task, method in pairs if not (method == "pt" and task in sources)]
+    plans = profile.source_plans()
+    sources = [(i, [f"dvc.yaml:source@{plan.task}-{plan.seed}"]) for i, plan in enumerate(plans) if plan.method == "pt"]
+    shared = [(i, [f"dvc.yaml:shared@{plan.seed}"]) for i, plan in enumerate(plans) if plan.method != "pt"]
+    tried = [(f"dvc.yaml:search{suffix}@{method}", method) for suffix, methods in searches(profile).items() for method in methods]
+    likes = lambda method: [f"dvc.yaml:search-like@{other}" for other, name in profile.search.like.items() if name == method]
+    search = [(i, [stage, *likes(method)]) for i, (stage, method) in enumerate(tried)]
+    runs = [(i + j, block(task, method)) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (first, rest, sweep)
+    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (sources, shared, search, [*runs, *sweep])
 
 
 @contextmanager
@@ -66,7 +69,7 @@ def warm(environment):
 def run_grid(profile, jobs, environment, progress):
     "Bring the grid up to date with some jobs at a time; the exit status."
     folder, (first, rounds) = profile.file.parent, targets(profile)
-    jobs = max(1, min(jobs, len(rounds[1])))
+    jobs = max(1, min(jobs, len(rounds[-1])))
     (folder / "runs" / "logs").mkdir(parents=True, exist_ok=True)
 
     def start(name, *words):
