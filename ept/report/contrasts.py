@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['PRIMARY', 'best_within', 'contrasts', 'contrast_table']
 
-# %% ../../nbs/report/62a_contrasts.ipynb #ae259f3f
+# %% ../../nbs/report/62a_contrasts.ipynb #a03771f3
 import math
 
 import pandas as pd
 
-from .results import ScoreTable, development_tasks
+from .results import ScoreTable
 from .tables import Cell, Table
 
-# %% ../../nbs/report/62a_contrasts.ipynb #fcdee0e5
+# %% ../../nbs/report/62a_contrasts.ipynb #d4810186
 PRIMARY = "dept"  # what the proposed method is an extension of
 
 
@@ -30,7 +30,7 @@ def contrasts(
     table: ScoreTable,
 ) -> pd.DataFrame:  # one row a contrast and set of tasks; no rows without a proposed method
     "The primary and the secondary contrast: difference in points, 95 % interval, p (uncorrected), and the difference that would have been detected."
-    chosen, best = development_tasks(table.profile), best_within(table)
+    chosen, best = table.development, best_within(table)
     sets = {"all": table.tasks} | ({"confirmation": [t for t in table.tasks if t not in chosen], "development": chosen} if chosen else {})
     kinds = {PRIMARY: "primary", best: "secondary"} if best != PRIMARY else {PRIMARY: "primary and secondary"}
     rows = []

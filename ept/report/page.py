@@ -18,7 +18,7 @@ from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, p
 from .learning import TARGETS, learned, speed, speed_table, stayed
 from .learning_figures import plot_inside, plot_speed
 from .provenance import caveats, provenance
-from .results import SIZES, ScoreTable, counted, label, of_origin, origins, sweep_mean, sweep_points
+from .results import SIZES, ScoreTable, counted, label, of_origin, origins, searched, sweep_mean, sweep_points
 from .statistics import DRAWS
 from ept.report.tables import (
     TEMPLATES, averaged, budget_table, comparison_table, conditions, frames, overall_table, ranked, rates_table, runs_table, score_table, timing, turned_table, ungrouped,
@@ -256,13 +256,11 @@ def protocol(
     own = {f"{name}": values for group in (p.methods, p.tasks) for name, values in group.items() if values and name in (*table.methods, *table.tasks)}
     found = [("Runs", conditions(table)), ("Training", f"The same for every method and task unless named below: {shown(p.training)}.")]
     found += [("Exceptions", "; ".join(f"{name}: {shown(values)}" for name, values in own.items()) + ".")] if own else []
-    search, rates = p.search, "Used as they stand; none was tried here."
-    if len(search.factors) > 1:
-        tried = ", ".join(f"{factor:g}" for factor in search.factors)
-        rates = f"For each task and method all its rates were multiplied by {tried}, in trainings of {search.steps} steps with seed {search.seed}. "
-        rates += "The best score on validation decides, for every seed of the grid; of equal ones the factor nearest to 1."
+    search, rates = searched(p), "Used as they stand; none was searched."
+    if table.development:
+        rates = f"Chosen on {', '.join(table.development)} by {counted(search.trials, 'trial')} for each method, each rate by itself, with its sizes; the best mean validation score decides, for all tasks and seeds."
     found += [
-        ("Learning rates", rates),
+        ("Rates and sizes", rates),
         ("Selection", "The checkpoint with the best validation score is kept; the test split is read once, after training."),
         ("Intervals", _INTERVALS),
         ("Tests", _TESTS),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'COSTS', 'FIELDS', 'SWEEP', 'SIZES', 'read_costs', 'publish_costs', 'collect', 'collect_sweep',
-           'resample_runs', 'summarise', 'of_origin', 'origins', 'development_tasks', 'label', 'counted', 'ScoreTable',
+           'resample_runs', 'summarise', 'of_origin', 'origins', 'searched', 'label', 'counted', 'ScoreTable',
            'made_up', 'sweep_points', 'sweep_mean']
 
 # %% ../../nbs/report/61_results.ipynb #f803f826
@@ -19,7 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..data.tasks import Task
-from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, load_profile, profile_files
+from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Search, load_profile, profile_files
 from .statistics import DRAWS, RESAMPLED, Difference, gaps, holm, interval, ranks, resample, seed_weights, weighted_scores, wilcoxon
 from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
@@ -239,14 +239,12 @@ def origins(
     return " and ".join(dict.fromkeys(map(profile.origin, profile.grid.tasks)))
 
 
-def development_tasks(
+def searched(
     profile: Profile,
-) -> list[str]:  # in the grid's order; empty where nothing was searched on some tasks for all
-    "The tasks on which sizes and rates were chosen, by this profile's search or by that of the profile it takes them from; the others are for confirmation."
-    tasks, origin = (getattr(profile.search, name, None) for name in ("tasks", "origin"))
-    if origin and not tasks:
-        tasks = load_profile(profile_files(Paths(profile).repository)[origin]).search.tasks
-    return [task for task in profile.grid.tasks if task in (tasks or ())]
+) -> Search:
+    "The search that has chosen a profile's sizes and rates: its own, or that of the profile it takes them from."
+    origin = profile.search.origin
+    return load_profile(profile_files(Paths(profile).repository)[origin]).search if origin else profile.search
 
 
 def label(
@@ -321,6 +319,13 @@ def compared(self: ScoreTable) -> list[str]:
     "The methods that are ranked: the contenders that have at least half as many runs as the fullest of them; where there is none, whatever has records."
     runs = {m: sum(key[1] == m for key in self._runs) for m in self.contenders or self.methods}
     return [m for m, count in runs.items() if count and 2 * count >= max(runs.values())]
+
+
+@patch(as_prop=True)
+def development(self: ScoreTable) -> list[str]:  # in the grid's order; empty where the records know of no such choice
+    "The tasks on which the methods' sizes and rates were chosen; the others are for confirmation."
+    told = any("chosen" in ((config or {}).get("search") or {}) for config in self.runs["config"]) if "config" in self.runs else False
+    return [task for task in self.tasks if told and task in searched(self.profile).tasks]
 
 
 @patch
@@ -466,7 +471,7 @@ def made_up(
 ) -> ScoreTable:
     "A score table of simulated runs, for examples and tests: no model is trained, answers are drawn by seeded generators."
     data, grid = DataChoice(source, "data" if source == "embedded" else None), Grid(tuple(tasks), tuple(methods), tuple(seeds))
-    profile = Profile(name, BackboneChoice("none"), data, grid, {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks}, own or {})
+    profile = Profile(name, BackboneChoice("none"), data, grid, {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks}, own=own or {})
     rows = []
     for plan in profile.runs():
         skill, size = methods.index(plan.method) / len(methods), 28 if plan.task == "cb" else n
@@ -485,10 +490,10 @@ def _made_up_run(task, method, seed, skill, n, there):
     parameters, role = int(76_800 * sizes.get(method, 1)), _ROLES.get(method, "comparison")
     sizes = {"prompt_length": 100, "short_length": 40, "rank": 45 if method == "dept" else 20, "max_length": 256, "spaces": 4}
     sizes |= {"short_length": 100, "rank": 0} if method == "pt" else {}
-    search = {"factor": float(own.choice([0.3, 1, 3])), "factors": [0.3, 1, 3]}
+    search = {"from": {"profile": "made-up", "method": method}, "chosen": {"learning_rate": 0.3, "module_learning_rate": 0.95}}
     row = {
         "role": role, "metric": task.score, "majority_score": majority, "n": n, "trainable_parameters": parameters, "chosen_step": 300, "metrics": {},
-        "backbone": {"revision": None}, "config": {"sizes": sizes, "search": search},
+        "backbone": {"revision": None}, "config": {"sizes": sizes} | ({"search": search} if parameters else {}),
         "history": _made_up_history(method, role, score, own) if parameters else {"step": [], "loss": [], "score": []},
         "gate_weights": own.dirichlet([4, 3, 2, 1], size=12).tolist() if role == "proposed" else None,
         "labels": labels, "predictions": predictions, "groups": np.arange(n) // 4 if task.group else None,
@@ -545,7 +550,7 @@ def overall(
     pairs, means = self.pairs(among), self.shared(among, among)
     wide = means[among or self.compared]
     placed, behind, rows = ranks(wide), gaps(wide), []
-    chosen, multiples = development_tasks(self.profile), self.multiples
+    chosen, multiples = self.development, self.multiples
     for method in among or self.methods:
         cells, own = self.cells[self.cells["method"] == method], means[method]
         row = {"method": method, "role": self.roles[method], "tasks": int((cells["seeds"] > 0).sum()), "missing": int(cells["missing"].sum())}
