@@ -58,8 +58,8 @@ data: $(READY)  ## make the synthetic rows anew and keep them in store/; the sam
 backbone: $(READY)  ## train the embedded backbone anew and keep it in store/; NAME=smollm2-multitask: the update of SmolLM2 (hours)
 	$(if $(NAME:embedded=),$(MAKE) smollm2-weights)
 	$(BIN)/python nbs/pipelines/pretrain.py $(or $(NAME),embedded)
-	$(BIN)/dvc add -q $(if $(NAME:embedded=),updates,backbone)
-	$(BIN)/dvc push -q $(if $(NAME:embedded=),updates,backbone).dvc
+	$(BIN)/dvc add -q $(if $(NAME:embedded=),updates/$(NAME),backbone)
+	$(BIN)/dvc push -q $(if $(NAME:embedded=),updates/$(NAME),backbone).dvc
 
 bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
 	$(BIN)/python bench/bench.py --name $(or $(NAME),this-machine) $(if $(QUICK),--quick)

@@ -373,29 +373,35 @@ def test_grid_is_the_product_of_the_lists(name):
     listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--all", "--name-only"], cwd=read.file.parent, capture_output=True, text=True, check=True)
     start, rounds = layout()[1].targets(read)
     expected = {"plan", "report", *start, *(s for blocks in rounds for _, block in blocks for s in block)}
-    assert set(listed.stdout.split()) - {"data.dvc", "backbone.dvc"} == {s.removeprefix("dvc.yaml:") for s in expected}
+    assert set(listed.stdout.split()) - {f"{name}.dvc" for name in STORED} == {s.removeprefix("dvc.yaml:") for s in expected}
 
 
 def remote(md5):
     return ROOT / "store" / "files" / "md5" / md5[:2] / md5[2:]
 
 
-@pytest.mark.parametrize("name", ["data", "backbone"])
-def test_data_and_backbone_come_with_the_clone(name):
-    """The content of data.dvc and backbone.dvc is in the DVC remote inside the repository, whole."""
+STORED = {  # folder that DVC tracks -> files in it
+    "data": set(),
+    "backbone": {"config.json", "model.safetensors", "tokenizer.json"},
+    "updates/smollm2-multitask": {"adapter_config.json", "adapter_model.safetensors", "training.json"},
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_dvc_tracks_comes_with_the_clone(name):
+    """Its content is in the DVC remote inside the repository, whole."""
     out = yaml.safe_load((ROOT / f"{name}.dvc").read_text())["outs"][0]
     listing = json.loads(remote(out["md5"] if out["md5"].endswith(".dir") else f"{out['md5']}.dir").read_text())
     assert out["nfiles"] == len(listing) and all(remote(entry["md5"]).is_file() for entry in listing)
     paths = [entry["relpath"] for entry in listing]
+    assert STORED[name] <= set(paths) and out["size"] < 6_000_000
     if name == "data":
         assert all(any(path.startswith(f"{start}{TASKS[made].hub.folder}/") for path in paths) for made in MAKERS for start in ("", "confirmation/"))
-    else:
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(paths) and out["size"] < 6_000_000
 
 
 def test_nothing_in_the_store_is_left_over():
-    listings = [json.loads(remote(yaml.safe_load((ROOT / f"{name}.dvc").read_text())["outs"][0]["md5"]).read_text()) for name in ("data", "backbone")]
-    due = {yaml.safe_load((ROOT / f"{name}.dvc").read_text())["outs"][0]["md5"] for name in ("data", "backbone")} | {e["md5"] for listing in listings for e in listing}
+    listings = [json.loads(remote(yaml.safe_load((ROOT / f"{name}.dvc").read_text())["outs"][0]["md5"]).read_text()) for name in STORED]
+    due = {yaml.safe_load((ROOT / f"{name}.dvc").read_text())["outs"][0]["md5"] for name in STORED} | {e["md5"] for listing in listings for e in listing}
     assert {path.parent.name + path.name for path in (ROOT / "store" / "files" / "md5").rglob("*") if path.is_file()} == due
 
 

@@ -8,12 +8,14 @@ __all__ = ['WORDINGS', 'WORDS', 'wordings', 'bare', 'number_of', 'MultitaskConfi
 # %% ../../nbs/training/48_multitask.ipynb #407b0023
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from fastcore.basics import patch
 from safetensors.torch import save_file
@@ -200,13 +202,15 @@ class _Mixture:
         return hashlib.sha256(json.dumps(self.features).encode()).hexdigest()
 
     def validate(self, model):
-        "The accuracy on each task's held-out rows, percent, and their mean."
-        found, tokenizer = {}, self.backbone.tokenizer
+        "How likely the right words of the held-out rows are, and the accuracy on each task, both in percent."
+        found, likely, tokenizer = {}, [], self.backbone.tokenizer
         for name, rows in self.held_out.items():
             encoder = Encoder(wordings(name)[0], tokenizer, "question", self.update.max_length)
-            ranked = rank_labels(model, encoder.encode(rows), encoder.candidates, tokenizer.pad_token_id).argmax(-1).tolist()
-            found[name] = 100 * sum(number == number_of(name, label) for number, label in zip(ranked, rows["label"])) / len(rows)
-        return {"score": sum(found.values()) / len(found), **found}
+            ranked = rank_labels(model, encoder.encode(rows), encoder.candidates, tokenizer.pad_token_id).log_softmax(-1)
+            right = torch.tensor([number_of(name, label) for label in rows["label"]])
+            likely.append(ranked.gather(1, right[:, None]).mean().item())
+            found[name] = 100 * (ranked.argmax(-1) == right).float().mean().item()
+        return {"score": 100 * math.exp(sum(likely) / len(likely)), **found}
 
 # %% ../../nbs/training/48_multitask.ipynb #358f14fd
 @patch(as_prop=True)

@@ -104,6 +104,12 @@ def run_grid(profile, jobs, environment, progress):
     return int(run(("repro",)))
 
 
+def tracked(name):
+    "The file by which DVC knows a folder of the repository, or one around it; None where there is none."
+    files = [f"{path}.dvc" for path in (Path(name), *Path(name).parents)]
+    return next((file for file in files if (ROOT / file).is_file()), None)
+
+
 def main(arguments=None):
     "Command line; the exit status."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -126,11 +132,11 @@ def main(arguments=None):
         print(f"error: {error}", file=sys.stderr)
         return 1
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    missing = [name for name in (profile.data.folder, profile.backbone.folder) if name and not (ROOT / name).exists()]
-    if strange := [name for name in missing if not (ROOT / f"{name}.dvc").exists()]:
+    missing = [name for name in (profile.data.folder, profile.backbone.folder, profile.backbone.update) if name and not (ROOT / name).exists()]
+    if strange := [name for name in missing if not tracked(name)]:
         print(f"error: {os.path.relpath(profile.file)} names the folder {strange[0]!r}, and there is none in the repository; bring it there, or mend the name", file=sys.stderr)
         return 1
-    if missing and (failed := subprocess.run([*DVC, "pull", "-q", *(f"{name}.dvc" for name in missing)], cwd=ROOT, env=environment).returncode):
+    if missing and (failed := subprocess.run([*DVC, "pull", "-q", *map(tracked, missing)], cwd=ROOT, env=environment).returncode):
         return failed
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this process ends its jobs
     with Progress(profile) as progress:
