@@ -96,6 +96,15 @@ def test_a_second_time_searches_and_transfers_nothing(clone, transfers):
 
 
 @pytest.mark.slow
+def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
+    """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
+    clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
+    due = clone.due()
+    assert "shared@0" in due and not any(re.search(r"(search|train|evaluate)@", stage) for stage in due)
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [b"this is no parquet file", None], ids=["poisoned", "missing"])
 def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
     test, record = clone.root / "runs/data/cb/test.parquet", clone.root / "results/search/pt.json"
@@ -121,15 +130,6 @@ def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
     assert {"source@cb-0", "search@pt", "cb:train@pt-0", "search-transfer@spot", "cb:train-transfer@spot-0"} <= set(ran), "cb is what is searched on"
     assert "source@cola-0" not in ran and ran.index("source@cb-0") < ran.index("shared@0") and ran.index("source@cb-0") < ran.index("cola:train-transfer@spot-0")
     assert clone.reproduce(jobs=1) == []
-    clone.write(WITH_TRANSFER)
-
-
-@pytest.mark.slow
-def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
-    """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
-    clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
-    due = clone.due()
-    assert "shared@0" in due and not any(re.search(r"(search|train|evaluate)@", stage) for stage in due)
     clone.write(WITH_TRANSFER)
 
 

@@ -125,7 +125,7 @@ FIELDS = "a class with a line for each field or path"
 OVERRIDES = "one class whose methods are read together: overrides of the Trainer, or what a kind of prompt is"
 LONG_CELLS = {
     **dict.fromkeys(["data.tasks.Task", "methods.registry.ROLES", "grid.profiles.Paths"], FIELDS),
-    **dict.fromkeys(["prompt.base.Prompt", "prompt.soft.SoftPrompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
+    **dict.fromkeys(["prompt.base.Prompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
 }
 
 

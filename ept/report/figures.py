@@ -269,7 +269,7 @@ def plot_ranks(
     table: ScoreTable,
 ) -> Figure | None:  # None for fewer than two methods, or where no task has all of them
     "Ranks of the proposed method and the comparison methods over tasks."
-    placed = ranks(table.scores(table.contenders))
+    placed = ranks(table.shared(table.compared))
     if placed.shape[1] < 2 or placed.empty:
         return None
     order, looks = placed.mean().sort_values(kind="stable").index, look(table.methods, table.proposed)
@@ -333,7 +333,7 @@ def plot_comparison(
         for y, row in enumerate(found.itertuples()):
             text = f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {row.tasks} tasks")
             axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
-        axes.set_xlabel(f"points that {method} is ahead, mean over tasks; hollow: a tie")
+        axes.set_xlabel(f"{method} minus the other, points, mean over tasks; hollow: a tie")
     return figure
 
 # %% ../../nbs/report/63_figures.ipynb #b1731416
@@ -366,7 +366,7 @@ def plot_ablations(
             panel.axhline(len(rows) - 0.5, color="#bbbbbb", linewidth=0.8)
             panel.set_title(others[other], fontsize=8.5)
             panel.tick_params(labelsize=8, length=2)
-        figure.supxlabel(f"points that {table.proposed} is ahead; hollow: a tie", fontsize=9)
+        figure.supxlabel(f"{table.proposed} minus the other, points; hollow: a tie", fontsize=9)
     return figure
 
 # %% ../../nbs/report/63_figures.ipynb #a8e4ebcf

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['MEASURED', 'COSTS', 'FIELDS', 'SWEEP', 'SIZES', 'read_costs', 'publish_costs', 'collect', 'collect_sweep',
-           'resample_runs', 'summarise', 'of_origin', 'origins', 'label', 'counted', 'ScoreTable', 'made_up',
-           'sweep_points', 'sweep_mean']
+           'resample_runs', 'summarise', 'of_origin', 'origins', 'searched', 'label', 'counted', 'ScoreTable',
+           'made_up', 'sweep_points', 'sweep_mean']
 
 # %% ../../nbs/report/61_results.ipynb #f803f826
 import json
 import math
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ import pandas as pd
 from fastcore.basics import patch
 
 from ..data.tasks import Task
-from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile
-from .statistics import RESAMPLED, Difference, gaps, holm, interval, ranks, relative, resample, weighted_scores, wilcoxon
+from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Search, load_profile, profile_files
+from .statistics import DRAWS, RESAMPLED, Difference, gaps, holm, interval, ranks, resample, seed_weights, weighted_scores, wilcoxon
 from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
+from ..training.inside import modules_moved
 from ..utils.files import write_atomic
 
 # %% ../../nbs/report/61_results.ipynb #3dd07340
@@ -170,18 +172,31 @@ def _machine(run):
     return f"{processor} ({run['device']}, {run['precision']})"
 
 # %% ../../nbs/report/61_results.ipynb #ea231384
+@cache
+def _seed_weights(task, seeds):
+    "The drawn seeds of a task, the same for all methods that have as many."
+    return seed_weights(seeds, DRAWS, task)
+
+
+def _over_seeds(task, drawn):
+    "Bootstrap draws of a mean over seeds, from those of its runs, [S, draws]."
+    return np.einsum("sd,ds->d", np.asarray(drawn), _seed_weights(task, len(drawn)))
+
+
 def _cell(part, drawn):
     "Mean, interval, marks and cost of one task and method, over its seeds."
     there = part.dropna(subset="score")
     own = [drawn[key] for key in zip(there["task"], there["method"], there["seed"]) if key in drawn]
     whole = len(own) == len(there) > 0
     metric = there["metric"].iloc[0] if len(there) else None
-    low, high = interval(metric, np.mean(own, 0), _units(there)) if whole else (math.nan, math.nan)
+    low, high = interval(metric, _over_seeds(part["task"].iloc[0], own), _units(there)) if whole else (math.nan, math.nan)
     stuck = [p is not None and bool(np.ptp(p) < 1e-3) for p in there["predictions"]]
     devices = sorted({_machine(run) for run in part.to_dict("records") if run["device"]})
     return {
         "seeds": len(there), "missing": len(part) - len(there), "score": there["score"].mean(), "deviation": there["score"].std(),
-        "low": low, "high": high, "stuck": len(stuck) > 0 and all(stuck), "trainable_parameters": there["trainable_parameters"].max(),
+        "low": low, "high": high, "stuck": len(stuck) > 0 and all(stuck),
+        "stayed": sum(modules_moved(h) is False for h in there["history"] if h),
+        "trainable_parameters": there["trainable_parameters"].max(),
         "train_seconds": part["train_seconds"].mean(), "device": "; ".join(devices),
         "files": {run["seed"]: run["files"] for run in there.to_dict("records") if run.get("files")},
     }
@@ -222,6 +237,14 @@ def origins(
 ) -> str:
     "Where the rows of a profile come from, in words: \"benchmark\", or \"benchmark and own\"."
     return " and ".join(dict.fromkeys(map(profile.origin, profile.grid.tasks)))
+
+
+def searched(
+    profile: Profile,
+) -> Search:
+    "The search that has chosen a profile's sizes and rates: its own, or that of the profile it takes them from."
+    origin = profile.search.origin
+    return load_profile(profile_files(Paths(profile).repository)[origin]).search if origin else profile.search
 
 
 def label(
@@ -287,15 +310,51 @@ class ScoreTable:
 # %% ../../nbs/report/61_results.ipynb #f0deb604
 @patch(as_prop=True)
 def contenders(self: ScoreTable) -> list[str]:
-    "The methods that are ranked: the proposed one and the comparison methods, as far as they have records."
+    "The proposed method and the comparison methods, as far as they have records."
     return [m for m in self.methods if self.roles[m] in ("proposed", "comparison")]
 
 
 @patch(as_prop=True)
+def compared(self: ScoreTable) -> list[str]:
+    "The methods that are ranked: the contenders that have at least half as many runs as the fullest of them; where there is none, whatever has records."
+    runs = {m: sum(key[1] == m for key in self._runs) for m in self.contenders or self.methods}
+    return [m for m, count in runs.items() if count and 2 * count >= max(runs.values())]
+
+
+@patch(as_prop=True)
+def development(self: ScoreTable) -> list[str]:  # in the grid's order; empty where the records know of no such choice
+    "The tasks on which the methods' sizes and rates were chosen; the others are for confirmation."
+    told = any("chosen" in ((config or {}).get("search") or {}) for config in self.runs["config"]) if "config" in self.runs else False
+    return [task for task in self.tasks if told and task in searched(self.profile).tasks]
+
+
+@patch
+def pairs(
+    self: ScoreTable,
+    methods: list[str] | None = None,  # None is the compared ones
+) -> dict[str, list[int]]:  # task -> seeds; tasks without any are left out
+    "The tasks and seeds that all of some methods have."
+    methods = methods or self.compared
+    found = {t: [s for s in self.seeds if all((t, m, s) in self._runs for m in methods)] for t in self.tasks}
+    return {task: seeds for task, seeds in found.items() if seeds}
+
+
+@patch
+def shared(
+    self: ScoreTable,
+    methods: list[str] | None = None,  # columns; None is all
+    among: list[str] | None = None,  # whose pairs of task and seed count; None is the compared ones
+) -> pd.DataFrame:  # rows are tasks
+    "Mean scores in percent over the tasks and seeds that all of some methods have; NaN for a method that lacks one of them."
+    score = lambda t, m, seeds: float(np.mean([self._runs.get((t, m, s), math.nan) for s in seeds]))
+    pairs, methods = self.pairs(among), methods or self.methods
+    return pd.DataFrame([[score(t, m, seeds) for m in methods] for t, seeds in pairs.items()], list(pairs), methods, dtype=float)
+
+
+@patch(as_prop=True)
 def common(self: ScoreTable) -> list[str]:
-    "The tasks that are averaged: those with a score of every method that has any."
-    present = [m for m in self.methods if any(self.cell(t, m) for t in self.tasks)]
-    return [t for t in self.tasks if all(self.cell(t, m) for m in present)]
+    "The tasks that are averaged: those that all compared methods have."
+    return list(self.pairs())
 
 
 @patch(as_prop=True)
@@ -304,22 +363,63 @@ def machines(self: ScoreTable) -> dict[str, int]:  # processor, device and preci
     timed = [_machine(run) for run in self.runs[self.runs["train_seconds"] > 0].to_dict("records")]
     return {name: timed.count(name) for name in sorted(set(timed))}
 
-# %% ../../nbs/report/61_results.ipynb #a5c95a4d
-def _shared(self, task, first, second):
-    "The seeds with a score of both methods on a task."
-    return [s for s in self.seeds if (task, first, s) in self._runs and (task, second, s) in self._runs]
-
 
 @patch
-def _draws_of(self: ScoreTable, task, first, second):
+def time_ratio(
+    self: ScoreTable,
+    first: str,  # method
+    second: str,  # method
+) -> float:  # NaN where there are no such runs
+    "Training time of a method relative to another's, summed over the tasks and seeds where both were timed on the same kind of machine."
+    timed = self.runs[self.runs["train_seconds"] > 0][["task", "seed", "method", "train_seconds", "device", "precision", "processor"]].to_dict("records")
+    seconds = {(r["method"], r["task"], r["seed"], _machine(r)): r["train_seconds"] for r in timed}
+    both = [(ours, seconds[second, *rest]) for (method, *rest), ours in seconds.items() if method == first and (second, *rest) in seconds]
+    return sum(ours for ours, _ in both) / sum(theirs for _, theirs in both) if both else math.nan
+
+# %% ../../nbs/report/61_results.ipynb #97e5e28f
+def _width(run):
+    "d, from the record of `pt` or `dept`; NaN for another."
+    sizes = (run["config"] or {}).get("sizes") or {}
+    if run["method"] not in ("pt", "dept") or "prompt_length" not in sizes:
+        return math.nan
+    m, r, s = sizes["short_length"], sizes["rank"], sizes["max_length"]
+    return (run["trainable_parameters"] - s * r) / (m + r)
+
+
+@patch(as_prop=True)
+def budget(self: ScoreTable) -> float:  # NaN where no record tells
+    "`l*d`, what a soft prompt of full length trains."
+    there = self.runs[self.runs["score"].notna()][["method", "config", "trainable_parameters"]].to_dict("records")
+    width = next((d for r in there if not math.isnan(d := _width(r))), math.nan)
+    sizes = {r["method"]: (r["config"] or {}).get("sizes") or {} for r in there}
+    own = sizes.get(self.proposed, {}).get("prompt_length")
+    return width * (own or max((s.get("prompt_length", 0) for s in sizes.values()), default=0)) or math.nan
+
+
+@patch(as_prop=True)
+def multiples(self: ScoreTable) -> dict[str, float]:  # method -> multiple; NaN where it or the budget is not known
+    "What each method trains, in multiples of `l*d`; where tasks differ, on the task where it is most."
+    most = self.cells.groupby("method")["trainable_parameters"].max()
+    budget = self.budget
+    return {m: float(most[m]) / budget for m in self.methods}
+
+
+@patch(as_prop=True)
+def within(self: ScoreTable) -> list[str]:
+    "The compared methods that train at most `l*d` numbers."
+    multiples = self.multiples
+    return [m for m in self.compared if multiples[m] <= 1]
+
+# %% ../../nbs/report/61_results.ipynb #a5c95a4d
+@patch
+def _draws_of(self: ScoreTable, task, first, second, seeds):
     "Difference of two methods on one task, its bootstrap draws (None without predictions), and how many examples or groups they answer differently."
-    seeds = _shared(self, task, first, second)
     if not seeds:
         return math.nan, None, 0
     value = float(np.mean([self._runs[task, first, s] - self._runs[task, second, s] for s in seeds]))
     if not all((task, m, s) in self.drawn for m in (first, second) for s in seeds):
         return value, None, 0
-    drawn = np.mean([self.drawn[task, first, s] - self.drawn[task, second, s] for s in seeds], 0)
+    drawn = _over_seeds(task, [self.drawn[task, first, s] - self.drawn[task, second, s] for s in seeds])
     differ = np.any([self._answers[task, first, s][0] != self._answers[task, second, s][0] for s in seeds], 0)
     groups = self._answers[task, first, seeds[0]][1]
     return value, drawn, int(differ.sum()) if groups is None else len(np.unique(groups[differ]))
@@ -330,10 +430,12 @@ def difference(
     self: ScoreTable,
     first: str,  # method
     second: str,  # method
-    tasks: list[str] | None = None,  # averaged over; None is all that both have
+    tasks: list[str] | dict[str, list[int]] | None = None,  # averaged over, with their seeds, or with all that both have; None is all tasks
 ) -> Difference:
-    "First minus second method, paired, a mean over tasks."
-    found = [self._draws_of(t, first, second) for t in (self.tasks if tasks is None else tasks)]
+    "First minus second method, paired by seed and example, a mean over tasks."
+    shared = self.pairs([first, second])
+    wanted = tasks if isinstance(tasks, dict) else {t: shared.get(t, []) for t in (self.tasks if tasks is None else tasks)}
+    found = [self._draws_of(t, first, second, seeds) for t, seeds in wanted.items()]
     found = [f for f in found if not math.isnan(f[0])]
     if not found:
         return Difference(math.nan, math.nan, math.nan, math.nan)
@@ -369,7 +471,7 @@ def made_up(
 ) -> ScoreTable:
     "A score table of simulated runs, for examples and tests: no model is trained, answers are drawn by seeded generators."
     data, grid = DataChoice(source, "data" if source == "embedded" else None), Grid(tuple(tasks), tuple(methods), tuple(seeds))
-    profile = Profile(name, BackboneChoice("none"), data, grid, {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks}, own or {})
+    profile = Profile(name, BackboneChoice("none"), data, grid, {"steps": 300}, {m: {} for m in methods}, {t: {} for t in tasks}, own=own or {})
     rows = []
     for plan in profile.runs():
         skill, size = methods.index(plan.method) / len(methods), 28 if plan.task == "cb" else n
@@ -386,12 +488,13 @@ def _made_up_run(task, method, seed, skill, n, there):
     majority = 100 * float(np.mean(labels == np.bincount(labels.astype(int)).argmax())) if task.score == "accuracy" else 0.0
     sizes = {"frozen": 0, "finetune": 2900, "lora": 49, "adapter": 25, "adapterdrop": 14, "bitfit": 3.6, "attempt": 3}
     parameters, role = int(76_800 * sizes.get(method, 1)), _ROLES.get(method, "comparison")
-    search = {"factor": float(own.choice([0.3, 1, 3])), "factors": [0.3, 1, 3]}
-    history = {"step": [100, 200, 300], "loss": [2.0, 1.0, 0.8], "score": [score - 20, score - 5, score]}
+    sizes = {"prompt_length": 100, "short_length": 40, "rank": 45 if method == "dept" else 20, "max_length": 256, "spaces": 4}
+    sizes |= {"short_length": 100, "rank": 0} if method == "pt" else {}
+    search = {"from": {"profile": "made-up", "method": method}, "chosen": {"learning_rate": 0.3, "module_learning_rate": 0.95}}
     row = {
         "role": role, "metric": task.score, "majority_score": majority, "n": n, "trainable_parameters": parameters, "chosen_step": 300, "metrics": {},
-        "backbone": {"revision": None}, "config": {"sizes": {"short_length": 40, "rank": 20, "spaces": 4}, "search": search},
-        "history": history if parameters else {"step": [], "loss": [], "score": []},
+        "backbone": {"revision": None}, "config": {"sizes": sizes} | ({"search": search} if parameters else {}),
+        "history": _made_up_history(method, role, score, own) if parameters else {"step": [], "loss": [], "score": []},
         "gate_weights": own.dirichlet([4, 3, 2, 1], size=12).tolist() if role == "proposed" else None,
         "labels": labels, "predictions": predictions, "groups": np.arange(n) // 4 if task.group else None,
     }
@@ -401,6 +504,23 @@ def _made_up_run(task, method, seed, skill, n, there):
     return {"task": task.name, "method": method, "seed": seed, **row, "train_seconds": seconds, **machine}
 
 # %% ../../nbs/report/61_results.ipynb #800d5cda
+def _made_up_history(method, role, score, own):
+    "The history of a simulated run: losses, validation scores, and what a prompt with a pair or with modules says of its inside."
+    step, slow = list(range(15, 301, 15)), own.uniform(60, 160) / (1 + (role != "comparison"))
+    history = {"step": step, "loss": [2 * math.exp(-s / slow) + 0.5 for s in step]}
+    history["score"] = [None if s % 75 else score - 30 * math.exp(-s / slow) + own.normal() for s in step]
+    size, at = 1e-3 if own.random() < 0.2 else own.uniform(0.1, 0.6), lambda value: [None if s % 75 else value(s / 300) for s in step]
+    if method == "dept" or role != "comparison":
+        history |= {"offset": at(lambda share: size * share), "reach_prompt": at(lambda share: 90 * share)}
+    if role != "comparison":
+        history |= {"reach_modules": at(lambda share: 30 * share)}
+    if role != "comparison" and method != "ept-no-fusion":
+        history |= {"strength": at(lambda share: size * share), "fusion": at(lambda share: size * share**2)}
+    if role != "comparison" and method != "ept-no-projection":
+        history |= {"projection": at(lambda share: size * share / 2), "gate_entropy": at(lambda share: 1 - size * share / 2)}
+    return history
+
+
 def _made_up_answers(task, skill, n, shared, own):
     "Labels and predictions of a simulated run: a row is answered right where the method's skill exceeds its difficulty."
     if task.regression:
@@ -421,65 +541,58 @@ def _made_up_sweep(tasks, seeds):
     return pd.DataFrame([(size, value, task, "ept", seed, 60 + 2 * math.log2(value) + 5 * i + rng.normal()) for size, value, i, task, seed in runs], columns=SWEEP)
 
 # %% ../../nbs/report/61_results.ipynb #5ef389a9
-def _time(cells):
-    "Training time relative to `pt`, summed over the tasks where both were timed on the same kind of machine; NaN where there are none."
-    both = cells[cells["time_of_pt"].notna() & (cells["time_of_pt"] > 0)]
-    return both["train_seconds"].sum() / (both["train_seconds"] / both["time_of_pt"]).sum() if len(both) else math.nan
-
-
 @patch
-def overall(self: ScoreTable) -> pd.DataFrame:  # one row a method
-    "Mean score with interval, ranks, worst gap, trainable parameters and training time of every method."
-    wide = self.scores(self.contenders)
+def overall(
+    self: ScoreTable,
+    among: list[str] | None = None,  # methods that are compared with each other alone; None is the compared ones, beside which the others have a row
+) -> pd.DataFrame:  # one row a method
+    "Mean score with interval, ranks, worst gap, trainable parameters and training time of every method, over the tasks and seeds that those compared share."
+    pairs, means = self.pairs(among), self.shared(among, among)
+    wide = means[among or self.compared]
     placed, behind, rows = ranks(wide), gaps(wide), []
-    for method in self.methods:
-        cells = self.cells[self.cells["method"] == method]
-        common = cells[cells["task"].isin(self.common) & (cells["seeds"] > 0)]
+    chosen, multiples = self.development, self.multiples
+    for method in among or self.methods:
+        cells, own = self.cells[self.cells["method"] == method], means[method]
         row = {"method": method, "role": self.roles[method], "tasks": int((cells["seeds"] > 0).sum()), "missing": int(cells["missing"].sum())}
-        row |= {"score": common["score"].mean(), **dict(zip(("low", "high"), self._mean_interval(method)))}
+        row |= {"score": own.mean(skipna=False), **dict(zip(("low", "high"), self._mean_interval(method, pairs)))}
+        row |= {"confirmation": own.drop(chosen, errors="ignore").mean(skipna=False), "development": own.reindex(chosen).mean()} if chosen else {}
         place = placed[method] if method in placed and len(placed) else pd.Series(dtype=float)
         row |= {"rank": place.mean(), "rank_deviation": place.std(), "best_rank": place.min(), "worst_rank": place.max()}
         gap = behind[method] if method in behind and len(behind) else pd.Series(dtype=float)
-        row |= {"worst_gap": gap.max(), "worst_gap_task": gap.idxmax() if len(gap) else None}
+        row |= {"worst_gap": gap.max(), "worst_gap_task": gap.idxmax() if len(gap) else None, "multiple": multiples[method]}
         row |= {"trainable_parameters": cells["trainable_parameters"].max(), "fewest_parameters": cells["trainable_parameters"].min()}
         row |= {"stuck": int(cells["stuck"].sum()), "near_floor": int(cells["near_floor"].sum())}
-        row |= {"train_seconds": common["train_seconds"].mean(), "time_of_pt": _time(cells)}
+        row |= {"train_seconds": cells[cells["seeds"] > 0]["train_seconds"].mean(), "time_of_pt": self.time_ratio(method, "pt")}
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/report/61_results.ipynb #21ded185
 @patch
-def _mean_interval(self: ScoreTable, method):
-    "95 % interval of a method's mean score over the common tasks; NaN where predictions are missing."
-    keys = [[k for s in self.seeds if (k := (t, method, s)) in self._runs] for t in self.common]
-    if not keys or not all(keys) or not all(k in self.drawn for own in keys for k in own):
+def _mean_interval(self: ScoreTable, method, pairs):
+    "95 % interval of a method's mean score over tasks and seeds; NaN where it lacks one, or its predictions."
+    keys = {t: [(t, method, s) for s in seeds] for t, seeds in pairs.items()}
+    if not keys or not all(k in self._runs and k in self.drawn for own in keys.values() for k in own):
         return math.nan, math.nan
-    drawn = np.mean([np.mean([self.drawn[k] for k in own], 0) for own in keys], 0)
-    return interval("mean", drawn, 2)
+    return interval("mean", np.mean([_over_seeds(t, [self.drawn[k] for k in own]) for t, own in keys.items()], 0), 2)
 
 
 @patch
 def critical_difference(self: ScoreTable) -> float:  # of mean ranks; NaN for fewer than two methods or tasks
     "Nemenyi's critical difference of the methods that are ranked."
-    return nemenyi(len(self.contenders), len(self.scores(self.contenders).dropna()))
+    return nemenyi(len(self.compared), len(self.common))
 
 # %% ../../nbs/report/61_results.ipynb #dd5f3be1
 def _against(self, first, second):
     "One row of `compare`."
-    tasks = [t for t in self.tasks if _shared(self, t, first, second)]
-    runs = [self._runs[t, first, s] - self._runs[t, second, s] for t in tasks for s in _shared(self, t, first, second)]
+    tasks = self.pairs([first, second])
+    runs = [self._runs[t, first, s] - self._runs[t, second, s] for t, seeds in tasks.items() for s in seeds]
     each = {t: self.difference(first, second, [t]) for t in tasks}
-    mean = lambda m: {t: np.mean([self._runs[t, m, s] for s in _shared(self, t, first, second)]) for t in tasks}
-    ours, theirs = mean(first), mean(second)
-    percent = pd.Series({t: relative(ours[t], theirs[t]) for t in tasks}, dtype=float).dropna()
     found, verdicts = self.difference(first, second), [d.verdict for d in each.values()]
     return {
         "method": second, "role": self.roles[second], "tasks": len(tasks), "pairs": len(runs),
         "difference": found.value, "low": found.low, "high": found.high, "verdict": found.verdict, "bootstrap_p": found.p,
         "wilcoxon_p": wilcoxon(runs), "wilcoxon_tasks_p": wilcoxon([d.value for d in each.values()]),
-        "wins": verdicts.count("win"), "ties": verdicts.count("tie"), "losses": verdicts.count("loss"),
-        "relative": relative(np.mean(list(ours.values())), np.mean(list(theirs.values()))) if tasks else math.nan,
-        "largest": percent.max() if len(percent) else math.nan, "largest_task": percent.idxmax() if len(percent) else None,
+        "detectable": found.detectable, "wins": verdicts.count("win"), "ties": verdicts.count("tie"), "losses": verdicts.count("loss"),
     }
 
 
@@ -488,10 +601,10 @@ def compare(
     self: ScoreTable,
     method: str | None = None,  # None is the proposed one
 ) -> pd.DataFrame:  # one row for each other method; p values uncorrected and corrected (Holm)
-    "A method against each other one: difference, tests, wins and relative improvement, over all tasks that both have."
+    "A method against each other one: difference, tests and wins, over all tasks and seeds that both have."
     method = method or self.proposed
     if method not in self._compared:  # kept, for exact tests with ties take a fraction of a second each
-        others = [m for m in self.methods if m != method and any(_shared(self, t, method, m) for t in self.tasks)]
+        others = [m for m in self.methods if m != method and self.pairs([method, m])]
         rows = pd.DataFrame([_against(self, method, other) for other in others])
         for name in ("bootstrap", "wilcoxon", "wilcoxon_tasks"):
             if len(rows):
@@ -508,8 +621,8 @@ def differences(
     "A method against each other one, task by task: difference in points, interval, p, verdict."
     method, rows = method or self.proposed, []
     for other in self.methods:
-        for task in self.tasks:
-            if other != method and _shared(self, task, method, other):
+        for task in self.pairs([method, other]):
+            if other != method:
                 d = self.difference(method, other, [task])
                 rows.append({"task": task, "method": other, "difference": d.value, "low": d.low, "high": d.high, "p": d.p, "verdict": d.verdict})
     return pd.DataFrame(rows, columns=["task", "method", "difference", "low", "high", "p", "verdict"])

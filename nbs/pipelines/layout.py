@@ -48,7 +48,8 @@ def generated(profile):
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
     choices = seen_from(folder, profile.choice_file("ept").parent) if profile.searched else None
     write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, choices=choices, **values)
-    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=lists, files=rows_of(profile, task, root)) for task in profile.grid.tasks}
+    listed = {task: lists if task in profile.grid.tasks else [] for task in profile.prepared}  # of a source task beside the grid only the rows are needed
+    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=found, files=rows_of(profile, task, root)) for task, found in listed.items()}
     task_files = [seen_from(folder, task.data.folder / f"{name}.yaml") for name, task in profile.own.items()]
     return project | {"dvc.yaml": write("profile.yaml.jinja", task_files=task_files, searches=searches(profile))} | tasks
 
