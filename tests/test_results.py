@@ -1207,7 +1207,7 @@ def test_two_contrasts_are_named_and_development_tasks_stand_apart(searched_grid
     assert found["detectable"].to_numpy() == pytest.approx(2.8016 * found["error"].to_numpy(), rel=1e-3)
     text = " ".join(findings(searched_grid))
     assert "Primary contrast, `ept` minus `dept`" in text and "Confirmation tasks (3)" in text and "`mpt` was chosen by these scores, which favours it" in text
-    assert {"confirmation tasks", "development tasks"} <= set(overall_table(searched_grid).columns) & set(budget_table(searched_grid).columns)
+    assert {"confirmation", "development"} <= set(overall_table(searched_grid).columns) & set(budget_table(searched_grid).columns)
 
 
 def test_records_of_an_earlier_search_have_no_development_tasks(searched_grid):

@@ -152,7 +152,7 @@ def _duration(table):
     said = [f"{value:.2f} of the time of `{other}`" for other, value in ratios.items() if not math.isnan(value)]
     return f"Training took `{table.proposed}` {' and '.join(said)}, wall-clock on the machine of these runs." if said else ""
 
-# %% ../../nbs/report/64_page.ipynb #f9369bd4
+# %% ../../nbs/report/64_page.ipynb #2ffb4182
 LEVELLED = 1.0  # points; a second half of the steps that adds more has not ended
 
 
@@ -167,7 +167,7 @@ def _speed(table):
     for target in (t for t in TARGETS if t in found.index and t != table.proposed and table.proposed in found.index):
         step, share = found.loc[table.proposed, [f"to_{target}", f"reach_{target}"]]
         text += f" Where `{target}` ends, {100 * share:.0f} % of the runs of `{table.proposed}` arrive" + ("." if math.isnan(step) else f", after {step:.0f} steps in the median.")
-    late = found["gain"][found["gain"] > LEVELLED].drop([m for m in found.index if table.roles[m] == "ablation"], errors="ignore")
+    late = found.loc[shown, "gain"].loc[lambda gain: gain > LEVELLED]
     return text + (f" The second half still added more than a point to {', '.join(f'`{m}` ({v:+.1f})' for m, v in late.items())}: where they would end is open." if len(late) else "")
 
 

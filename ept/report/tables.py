@@ -200,7 +200,8 @@ def _number(value, digits=1, missing="missing"):
 
 def _multiple(value):
     "A multiple of the prompt's budget as text; what is near one has digits enough to show on which side."
-    return "–" if math.isnan(value) else f"{value:.4f}" if 0 < abs(value - 1) < 0.01 else f"{value:,.2f}"
+    digits = 4 if 0 < abs(value - 1) < 0.01 else 2 if value < 10 else 1 if value < 100 else 0
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _size(row):
@@ -263,7 +264,7 @@ def score_table(
     last = [Cell()] if beside else []
     rows.append([Cell(_mean_head(table)), Cell(), Cell(), Cell(_number(majority.reindex(table.common).mean())), *(Cell(_number(overall.loc[m, "score"])) for m in table.methods), *last])
     rows.append([Cell("trainable parameters"), Cell(), Cell(), Cell(), *(Cell(_size(overall.loc[m])) for m in table.methods), *last])
-    rows.append([Cell("multiple of l·d"), Cell(), Cell(), Cell(), *(Cell(_multiple(overall.loc[m, "multiple"])) for m in table.methods), *last])
+    rows.append([Cell("× l·d"), Cell(), Cell(), Cell(), *(Cell(_multiple(overall.loc[m, "multiple"])) for m in table.methods), *last])
     time = ["–" if not overall.loc[m, "train_seconds"] else _number(overall.loc[m, "time_of_pt"], 2, "–") for m in table.methods]
     rows.append([Cell("training time, pt = 1"), Cell(), Cell(), Cell(), *map(Cell, time), *last])
     caption = " ".join([conditions(table) + _signs(table), averaged(table), timing(table)])
@@ -292,7 +293,7 @@ def turned_table(
     caption = caption if intervals else caption.replace(", in brackets a 95 % bootstrap interval over seeds and test examples", "")
     caption += f" Last row: {published['source']}; not measured here." if beside else ""
     named = table.cells.dropna(subset="metric").drop_duplicates("task").set_index("task")["metric"]
-    columns = ["method", "trainable parameters", "multiple of l·d", *(f"{t} ({named[t]})" if t in named else t for t in table.tasks), _mean_head(table)]
+    columns = ["method", "trainable parameters", "× l·d", *(f"{t} ({named[t]})" if t in named else t for t in table.tasks), _mean_head(table)]
     if intervals:
         columns, rows = [columns[0], *columns[2:]], [[row[0], *row[2:]] for row in rows]  # the count itself is in the next table
     return Table("scores", columns, rows, caption, foot=2 + bool(beside))
@@ -341,9 +342,9 @@ def _overall_cells(row):
         gap = Cell(f"{row['worst_gap']:.1f}", "", row["worst_gap_task"])
     time = "–" if not row["train_seconds"] else _number(row["time_of_pt"], 2, "–")
     return {
-        "method": Cell(row["method"]), "trainable parameters": Cell(_size(row)), "multiple of l·d": Cell(_multiple(row["multiple"])),
+        "method": Cell(row["method"]), "trainable parameters": Cell(_size(row)), "× l·d": Cell(_multiple(row["multiple"])),
         "mean score": Cell(_number(row["score"]), "", around),
-        **{f"{part} tasks": Cell(_number(row[part], 1, "–")) for part in ("confirmation", "development") if part in row},
+        **{part: Cell(_number(row[part], 1, "–")) for part in ("confirmation", "development") if part in row},
         "rank": place, "worst gap": gap, "training time, pt = 1": Cell(time),
         "at the floor": Cell(str(row["near_floor"])), "runs missing": Cell(str(row["missing"])),
     }
