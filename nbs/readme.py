@@ -38,7 +38,12 @@ def methods_table():
     ablations = [m for m in METHODS.values() if m.role == "ablation"]
     if ablations:
         fewest, most = (f"{bound(counts[m.name] for m in ablations):,}" for bound in (min, max))
-        own = [", ".join(f"`{m.name}`" for m in ablations), "EPT with one part taken away", "ablations", f"{fewest} to {most}"]
+        own = [
+            f"{len(ablations)} ablations: `{ablations[0].name}` to `{ablations[-1].name}`",
+            "EPT without a part, [other readings](nbs/methods/31a_readings.ipynb) of the abstract, controls",
+            "",
+            f"{fewest} to {most}",
+        ]
         rows = {"ept": rows.pop("ept"), "ablations": own, **rows}
     return table(["method", "what is trained", "source", "trainable parameters:"], rows.values())
 

@@ -91,6 +91,12 @@ def test_tasks_take_the_place_of_others_in_a_parameter_file(text, tasks):
     assert [line for line in before.splitlines() if "#" in line and "there" not in line] == [line for line in after.splitlines() if "#" in line and "names its files" not in line]
 
 
+@pytest.mark.parametrize("search", [" {tasks: [cola, cb], trials: 2}", "  # on few\n  trials: 2\n  tasks: [cola]  # one", "\n  tasks:\n  - cola\n  - cb\n  trials: 2"])
+def test_a_search_moves_to_the_other_tasks(search):
+    after = layout().with_tasks(f"profile: x\ndata: {{}}\nsearch:{search}\ntasks: {{cola: {{}}}}\n", ["reviews", "places"])
+    assert yaml.safe_load(after)["search"] == {"tasks": ["reviews", "places"], "trials": 2}
+
+
 def test_copied_files_lie_beside_each_other(tmp_path):
     folder = write_tasks(tmp_path / "here")
     copied = tmp_path / "there"
@@ -110,7 +116,7 @@ profile: mine
 backbone: {name: embedded, folder: backbone}
 data: {source: embedded, folder: data}
 grid: {methods: [pt], seeds: [0]}
-search: {factors: [1, 2]}
+search: {tasks: [reviews], seeds: [100], rates: {learning_rate: [0.01, 3]}}
 tasks: {reviews: {}, cola: {}}
 """
 
@@ -138,9 +144,11 @@ def test_only_stages_of_an_own_task_depend_on_its_files(tmp_path):
     own, cola = stages("tasks/reviews/dvc.yaml"), stages("tasks/cola/dvc.yaml")
     assert "../../tasks/reviews.yaml" in stages("dvc.yaml")["plan"]["deps"]
     assert own["prepare"]["deps"] == ["../../tasks/reviews.csv"] and cola["prepare"]["deps"] == ["../../data/glue/cola"]
-    for stage in ("prepare", "search", "train", "evaluate"):
+    for stage in ("prepare", "train", "evaluate"):
         assert "text.reviews" in json.dumps(own[stage]["params"]) and "reviews" not in json.dumps(cola[stage])
-        assert not any("test" in path or path == "runs/data/reviews" for path in own["search"]["deps"])
+    search = stages("dvc.yaml")["search"]
+    assert "text.reviews" in json.dumps(search["params"]) and "cola" not in json.dumps(search)
+    assert not any("test" in path or path == "runs/data/reviews" for path in search["deps"])
 
 
 # ---- a grid -------------------------------------------------------------------------------------------------------------
@@ -152,7 +160,8 @@ def clone(tmp_path_factory):
     clone = Clone(tmp_path_factory.mktemp("own") / "clone")
     grid = {"methods": list(METHODS), "seeds": [0]}
     training = {**PARAMETERS["training"], "steps": 4, "max_length": 96}
-    clone.write({**PARAMETERS, "grid": grid, "search": {"factors": [0.3, 3], "steps": 2}, "training": training, "methods": {"lora": {"lora_rank": 2}}})
+    search = {"tasks": ["cola"], "seeds": [100], "trials": 2, "steps": 2, "rates": {"learning_rate": [0.01, 3], "weight_learning_rate": [1e-4, 0.03]}}
+    clone.write({**PARAMETERS, "grid": grid, "search": search, "training": training, "methods": {"lora": {"lora_rank": 2}}})
     folder = write_tasks(clone.root / "mine")
     clone.call("nbs/pipelines/layout.py", "--new", "mine", "--from", "embedded", "--tasks", str(folder / "reviews.yaml"), str(folder / "places.yaml"))
     clone.profile = clone.root / "profiles" / "mine"
@@ -178,7 +187,7 @@ def edited(clone, name, old, new):
         file.write_text(text)
 
 
-RUNS = [f"reviews:{stage}" for stage in (*(f"search@{m}" for m in METHODS), *(f"{kind}@{m}-0" for m in METHODS for kind in ("train", "evaluate")))]
+RUNS = [*(f"search@{m}" for m in METHODS), *(f"reviews:{kind}@{m}-0" for m in METHODS for kind in ("train", "evaluate"))]
 
 
 @pytest.mark.slow
@@ -189,7 +198,7 @@ def test_a_grid_on_own_tasks_ends_in_a_report_with_statistics(clone):
         for method in METHODS:
             record = json.loads((results / f"scores/{task}-{method}-0.json").read_text())
             assert (record["task"], record["n"], record["metric"], set(record["metrics"])) == (task, n, "accuracy", metrics)
-            assert record["config"]["search"]["factors"] == [0.3, 3.0] and record["examples"]["train"] in (48, 24)
+            assert record["config"]["search"]["from"] == {"profile": "mine", "method": method} and record["examples"]["train"] in (48, 24)
     table, page = (results / "report" / "table.md").read_text(), (results / "report" / "report.html").read_text()
     assert "reviews" in table and "own data" in table and "p bootstrap" in table and "p Wilcoxon" in table
     for words in ("published", "benchmark", "made-up", "says nothing about English", "proves the machinery"):

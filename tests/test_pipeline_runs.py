@@ -22,7 +22,7 @@ WITH_TRANSFER = {
     **PARAMETERS,
     "grid": {"references": ["frozen"], "methods": ["pt"], "seeds": [0], "transfer": ["spot", "mpt"], "sources": ["cola", "cb"]},
     "sources": {"steps": 6, "shared_steps": 8},
-    "search": {"factors": [0.5, 1, 2], "steps": 2, "seed": 0},
+    "search": {"tasks": ["cb"], "seeds": [7], "trials": 2, "steps": 2, "rates": {"learning_rate": [0.01, 3]}, "like": {"mpt": "spot"}},
     "methods": {"frozen": {}, "pt": {}, "spot": {}},
 }
 
@@ -49,12 +49,11 @@ def transfers(clone):
 @pytest.mark.slow
 def test_sources_are_trained_once_and_first(clone, transfers):
     assert len(transfers) == len(set(transfers)), "nothing is run twice"
-    kept, starts = {*(f"source@{t}-0" for t in TASKS), "shared@0"}, {f"{t}:search-transfer@{method}" for t in TASKS for method in ("spot", "mpt")}
-    assert kept | starts | {f"{t}:{s}-transfer@spot-0" for t in TASKS for s in ("train", "evaluate")} <= set(transfers)
+    kept, starts = {f"source@{t}-{seed}" for t in TASKS for seed in (0, 7)}, ("search@pt", "search-transfer@spot", "search-like@mpt")
+    assert kept | {*starts, "shared@0", "shared@7"} | {f"{t}:{s}-transfer@spot-0" for t in TASKS for s in ("train", "evaluate")} <= set(transfers)
     at = transfers.index
-    assert max(at(s) for s in kept) == at("shared@0") < min(at(s) for s in starts)
-    for task in TASKS:
-        assert at(f"{task}:search-transfer@spot") < at(f"{task}:train-transfer@spot-0")
+    assert max(at(s) for s in kept) < min(at(f"shared@{seed}") for seed in (0, 7)) and max(at(f"shared@{seed}") for seed in (0, 7)) < at(starts[1]) < at(starts[2])
+    assert max(map(at, starts)) < min(at(f"{task}:{stage}-0") for task in TASKS for stage in ("train@pt", "train-transfer@spot", "train-transfer@mpt"))
     for task, other in (TASKS, TASKS[::-1]):
         record = json.loads((clone.root / f"results/scores/{task}-spot-0.json").read_text())
         assert list(record["config"]["source_prompts"]) == [other]
@@ -79,15 +78,16 @@ def test_source_prompts_are_trained_as_long_as_they_need(clone, transfers):
 
 @pytest.mark.slow
 def test_the_search_is_written_down_and_used(clone, transfers):
-    for task in TASKS:
-        for method in ("pt", "spot", "mpt"):
-            found = search(clone, f"{task}-{method}")
-            scores = {t["factor"]: t["validation_score"] for t in found["tried"]}
-            assert list(scores) == [0.5, 1.0, 2.0] and scores[found["factor"]] == max(scores.values())
+    for method in ("pt", "spot", "mpt"):
+        found = search(clone, method)
+        assert len(found["trials"]) == 2 and found["trials"][0]["values"] == {"learning_rate": 0.3}
+        assert found["trials"][found["best"] - 1]["score"] == max(trial["score"] for trial in found["trials"])
+        for task in TASKS:
             config = json.loads((clone.root / f"results/scores/{task}-{method}-0.json").read_text())["config"]
-            assert config["search"] == {"factor": found["factor"], "factors": [0.5, 1.0, 2.0]}
-            assert config["training"]["learning_rate"] == 0.3 * found["factor"] and config["training"]["steps"] == 4
-        assert not (clone.root / f"results/search/{task}-frozen.json").exists(), "nothing is trained, so nothing is tried"
+            assert config["search"] == {"from": {"profile": "embedded", "method": "spot" if method == "mpt" else method}, "chosen": found["chosen"]}
+            assert config["training"]["learning_rate"] == found["chosen"]["learning_rate"] and config["training"]["steps"] == 4
+    assert sorted(clone.files("results/search")) == ["mpt.json", "pt.json", "spot.json"], "where nothing is trained, nothing is tried"
+    assert sum(line.startswith("trial ") for line in clone.said.splitlines()) == 4, "a line for each trial"
 
 
 @pytest.mark.slow
@@ -96,14 +96,24 @@ def test_a_second_time_searches_and_transfers_nothing(clone, transfers):
 
 
 @pytest.mark.slow
+def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
+    """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
+    clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
+    due = clone.due()
+    assert "shared@0" in due and not any(re.search(r"(search|train|evaluate)@", stage) for stage in due)
+    clone.write(WITH_TRANSFER)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [b"this is no parquet file", None], ids=["poisoned", "missing"])
 def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
-    test, record = clone.root / "runs/data/cb/test.parquet", clone.root / "results/search/cb-pt.json"
+    test, record = clone.root / "runs/data/cb/test.parquet", clone.root / "results/search/pt.json"
     kept, before = test.read_bytes(), record.read_bytes()
     record.unlink()
+    shutil.rmtree(clone.root / "runs/search")
     try:
         test.unlink() if poison is None else test.write_bytes(poison)
-        clone.run("search", "--task", "cb", "--method", "pt")
+        clone.run("search", "--method", "pt")
     finally:
         test.write_bytes(kept)
     assert record.read_bytes() == before
@@ -115,20 +125,11 @@ def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
     clone.write({**WITH_TRANSFER, "tasks": {"cola": {}, "cb": {"learning_rate": 0.2}}})
     ran = clone.order()
     on_cola = sorted(stage for stage in set(ran) if stage.startswith("cola:"))
-    starts = {f"cola:{stage}" for method in ("spot", "mpt") for stage in (f"search-transfer@{method}", f"train-transfer@{method}-0")}
-    assert starts <= set(on_cola) <= starts | {f"cola:evaluate-transfer@{method}-0" for method in ("spot", "mpt")}
-    assert {"source@cb-0", "cb:search@pt", "cb:train@pt-0", "cb:search-transfer@spot", "cb:train-transfer@spot-0"} <= set(ran)
+    starts = {f"cola:train-transfer@{method}-0" for method in ("spot", "mpt")}
+    assert starts <= {stage for stage in on_cola if "@pt" not in stage} <= starts | {f"cola:evaluate-transfer@{method}-0" for method in ("spot", "mpt")}
+    assert {"source@cb-0", "search@pt", "cb:train@pt-0", "search-transfer@spot", "cb:train-transfer@spot-0"} <= set(ran), "cb is what is searched on"
     assert "source@cola-0" not in ran and ran.index("source@cb-0") < ran.index("shared@0") and ran.index("source@cb-0") < ran.index("cola:train-transfer@spot-0")
     assert clone.reproduce(jobs=1) == []
-    clone.write(WITH_TRANSFER)
-
-
-@pytest.mark.slow
-def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
-    """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
-    clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
-    due = clone.due()
-    assert "shared@0" in due and not any(re.search(r"(search|train|evaluate)@", stage) for stage in due)
     clone.write(WITH_TRANSFER)
 
 
@@ -143,7 +144,7 @@ def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transf
 @pytest.mark.slow
 def test_training_without_a_search_says_what_to_do(clone, transfers):
     clone.write({**WITH_TRANSFER, "methods": {**WITH_TRANSFER["methods"], "bitfit": {}}})
-    assert "run the search stage of cb-bitfit first" in clone.run("train", "--task", "cb", "--method", "bitfit", fails=True)
+    assert "run the search stage of bitfit first" in clone.run("train", "--task", "cb", "--method", "bitfit", fails=True)
     clone.write(WITH_TRANSFER)
 
 

@@ -125,7 +125,7 @@ FIELDS = "a class with a line for each field or path"
 OVERRIDES = "one class whose methods are read together: overrides of the Trainer, or what a kind of prompt is"
 LONG_CELLS = {
     **dict.fromkeys(["data.tasks.Task", "methods.registry.ROLES", "grid.profiles.Paths"], FIELDS),
-    **dict.fromkeys(["prompt.base.Prompt", "prompt.soft.SoftPrompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
+    **dict.fromkeys(["prompt.base.Prompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
 }
 
 
@@ -252,7 +252,7 @@ def test_a_stage_reaches_no_more_code_than_it_needs():
     assert not reached("train") & {*shown, *made, "grid.records", "training.evaluation"}
     assert not reached("evaluate") & {*shown, *made, "training.training", "methods.registry"}
     assert not reached("report") & {*inside, "model.backbone", "data.loading"}
-    assert reached("search") | {"training.curves"} == reached("train") | {"grid.search"} and reached("report") >= shown
+    assert reached("search") | {"training.curves", "grid.runs"} == reached("train") | {"grid.search"} and reached("report") >= shown
     assert "grid.search" not in reached("train"), "editing how trials are made retrains nothing"
     assert not reached("source") & {*shown, *made, "training.distillation", "training.evaluation"} and "training.distillation" in reached("shared")
     assert "training.distillation" not in reached("train"), "a change of the distillation trains no other method anew"

@@ -172,10 +172,10 @@ class Profile:
     sweep: Sweep = field(default_factory=Sweep)  # over sizes of `ept`
 
     def __post_init__(self):
-        for kind, names in (("profile", [self.profile]), ("method", [*self.grid.methods, *self.methods]), ("task", [*self.grid.tasks, *self.tasks])):
+        for kind, names in (("profile", [self.profile]), ("method", [*self.grid.methods, *self.methods]), ("task", [*self.prepared, *self.tasks])):
             for name in names:
                 check_name(kind, name)
-        for task in (*self.grid.tasks, *self.tasks):
+        for task in (*self.prepared, *self.tasks):
             if task not in TASKS and task not in self.own:
                 raise unknown("task", task, (*TASKS, *self.own))
         _check_lists(self)
@@ -230,8 +230,6 @@ def _check_sweep(grid, sweep):
 def _check_sources(grid):
     "Refuse a transfer without something to start from."
     for task in grid.sources:
-        if task not in grid.tasks:
-            raise ValueError(f"grid.sources: {unknown('task', task, grid.tasks)}; a source task is a task of the grid, where its rows are prepared")
         if task == SHARED:
             raise ValueError(f"grid.sources: {SHARED!r} is the name of what the sources share; call the task otherwise")
     if not grid.transfer:
@@ -250,6 +248,12 @@ def tried(self: Profile) -> list[str]:
     "The methods that have trials in this profile."
     untried = {*self.grid.references, *self.search.like}
     return [method for method in self.grid.methods if self.search.tasks and method not in untried]
+
+
+@patch(as_prop=True)
+def prepared(self: Profile) -> list[str]:
+    "The tasks whose rows are needed: those of the grid, and source tasks beside it."
+    return list(dict.fromkeys((*self.grid.tasks, *(self.grid.sources if self.grid.transfer else ()))))
 
 
 @patch(as_prop=True)
@@ -524,7 +528,8 @@ def load_profile(
             raise ValueError(f"{file}: {group} is {values[group]!r}; it must be a mapping of parameters")
     grid = {**values["grid"], "tasks": list(values["tasks"]), "methods": _methods(values["grid"])}
     entries = {group: {name: entry or {} for name, entry in values[group].items()} for group in ("methods", "tasks")}
-    profile = from_dict(Profile, {**values, **entries, "grid": grid, "own": _own_tasks(path.parent, grid["tasks"]), "file": path})
+    named = list(dict.fromkeys((*grid["tasks"], *(grid.get("sources") or []))))
+    profile = from_dict(Profile, {**values, **entries, "grid": grid, "own": _own_tasks(path.parent, named), "file": path})
     if path.parent.parent.name == "profiles" and profile.profile != path.parent.name:
         raise ValueError(f"{file} says profile {profile.profile!r}; it must be {path.parent.name!r}, as its folder is called")
     name = profile.backbone.name

@@ -25,7 +25,9 @@ def make_backbone(
     choice, paths = profile.backbone, Paths(profile)
     for tracked in filter(None, (choice.folder, choice.update)):
         if not (paths.repository / tracked).is_dir():
-            raise FileNotFoundError(f"{paths.repository / tracked} is missing; bring it with `dvc pull` in the repository's root, or train it anew with `make backbone NAME={choice.name}`")
+            raise FileNotFoundError(
+                f"{paths.repository / tracked} is missing; bring it with `dvc pull` in the repository's root, or train it anew with `make backbone NAME={choice.name}`"
+            )
     origin = str(paths.repository / choice.folder) if choice.folder else choice.base or choice.name
     finish = partial(apply_update, update=paths.repository / choice.update) if choice.update else None
     materialise(origin, paths.backbone, choice.revision or paths.known_revision("backbone"), choice.name, finish)

@@ -7,6 +7,7 @@ __all__ = ['LowRankUpdate']
 
 # %% ../../nbs/methods/36_lora.ipynb #cdaf5365
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from fastcore.basics import patch
@@ -35,16 +36,7 @@ class LowRankUpdate(Adaptation):
 
     def adapt(self, backbone: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
         "A copy with low-rank updates to train; `ValueError` for a type of model whose query and value layers PEFT does not know."
-        peft = _peft()
-        from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
-        from transformers.pytorch_utils import Conv1D
-
-        if (kind := backbone.config.model_type) not in known:
-            raise ValueError(f"PEFT knows no query and value layers in a model of type {kind!r}; known are: {', '.join(sorted(known))}")
-        rank, model, targets = self.resolve(backbone).lora_rank, copy_structure(backbone), known[kind]
-        swapped = any(isinstance(m, Conv1D) for n, m in model.named_modules() if n.endswith(tuple(targets)))
-        alpha = rank if self.lora_alpha is None else self.lora_alpha
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=swapped)
+        peft, config, model = _peft(), self.peft_config(backbone), copy_structure(backbone)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed + 1)
             peft.inject_adapter_in_model(config, model)
@@ -53,6 +45,24 @@ class LowRankUpdate(Adaptation):
         return model.eval()
 
 # %% ../../nbs/methods/36_lora.ipynb #ea7a7d06
+@patch
+def peft_config(
+    self: LowRankUpdate,
+    backbone: PreTrainedModel,
+) -> Any:  # `peft.LoraConfig`
+    "The same as PEFT says it; `ValueError` for a type of model whose query and value layers PEFT does not know."
+    peft = _peft()
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+    from transformers.pytorch_utils import Conv1D
+
+    if (kind := backbone.config.model_type) not in known:
+        raise ValueError(f"PEFT knows no query and value layers in a model of type {kind!r}; known are: {', '.join(sorted(known))}")
+    rank, targets = self.resolve(backbone).lora_rank, known[kind]
+    swapped = any(isinstance(m, Conv1D) for n, m in backbone.named_modules() if n.endswith(tuple(targets)))
+    alpha = rank if self.lora_alpha is None else self.lora_alpha
+    return peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets, fan_in_fan_out=swapped)
+
+
 @patch
 def num_parameters(self: LowRankUpdate, backbone: PreTrainedModel) -> int:
     "`r*(d_in + d_out)` for each of PEFT's target layers."

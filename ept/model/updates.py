@@ -24,5 +24,8 @@ def apply_update(
 
     model, record = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), json.loads((Path(update) / "training.json").read_text())
     if record["backbone"]["fingerprint"] != (found := fingerprint(model)):
-        raise ValueError(f"{update} was trained on {record['backbone']['name']}, fingerprint {record['backbone']['fingerprint']}; {folder} holds a model with fingerprint {found}: take the model it was trained on")
+        raise ValueError(
+            f"{update} was trained on {record['backbone']['name']}, fingerprint {record['backbone']['fingerprint']};"
+            f" {folder} holds a model with fingerprint {found}: take the model it was trained on"
+        )
     PeftModel.from_pretrained(model, update).merge_and_unload().save_pretrained(folder)

@@ -307,17 +307,7 @@ def forward(
     offset, known = self.offsets(text)
     return self.terms(known, text, text_mask).total, offset
 
-
-@patch
-def cover(
-    self: SoftPrompt,
-    length: int,  # tokens of the longest training text
-) -> None:
-    "Keep in the configuration how many rows of the pair the training reaches."
-    if self.offset:
-        self.config = replace(self.config, covered_length=min(length, self.config.max_length))
-
-
+# %% ../../nbs/prompt/13_soft.ipynb #13gat002
 @patch
 def gate_weights(self: SoftPrompt) -> Tensor:
     "How much each space counts for each prompt token, G, [m, K]; `ValueError` without projection, and for a gate that reads the text."
@@ -326,6 +316,16 @@ def gate_weights(self: SoftPrompt) -> Tensor:
     if self.config.text_gate:
         raise ValueError("the gate of this prompt reads the text, so it has other weights for each; call prompt.projection.gate_weights with what it reads")
     return self.projection.gate_weights(GATES[self.config.gate_reads](self.terms(self.offsets()[1]).projected))
+
+# %% ../../nbs/prompt/13_soft.ipynb #13cov000
+@patch
+def cover(
+    self: SoftPrompt,
+    length: int,  # tokens of the longest training text
+) -> None:
+    "Keep in the configuration how many rows of the pair the training reaches."
+    if self.offset:
+        self.config = replace(self.config, covered_length=min(length, self.config.max_length))
 
 # %% ../../nbs/prompt/13_soft.ipynb #13ins002
 @patch

@@ -32,7 +32,7 @@ from ..model.modeling import EPTModel, start_of
 from ..prompt.base import Prompt
 from .batching import collate
 from .config import TrainingConfig
-from .training import Run, _complete, _digest, _Job
+from .training import Job, Run, complete, digest_of
 from ..utils.fingerprints import code_version
 
 # %% ../../nbs/training/47_distillation.ipynb #7d673f0c
@@ -103,9 +103,9 @@ def plan_mixture(
 # %% ../../nbs/training/47_distillation.ipynb #5557d893
 @dataclass
 class _Mixture:
-    "What `_Job` is for one task, for all source tasks at once."
+    "What `Job` is for one task, for all source tasks at once."
 
-    jobs: list[_Job]  # of each source task
+    jobs: list[Job]  # of each source task
     model: Student
     teachers: dict[str, Tensor]  # source task -> finished prompt
     title = "a shared prompt"
@@ -164,7 +164,7 @@ def config(self: _Mixture):
         "max_length": {job.task.name: job.encoder.max_length for job in self.jobs},
         "code": code_version("ept.training.distillation", *module_of(self.method.name)),
         "backbone": {"name": self.backbone.name, "revision": self.backbone.revision, "fingerprint": fingerprint(self.backbone.model)},
-        "source_prompts": {task: _digest(prompt) for task, prompt in self.teachers.items()},
+        "source_prompts": {task: digest_of(prompt) for task, prompt in self.teachers.items()},
     }
 
 # %% ../../nbs/training/47_distillation.ipynb #a36d4769
@@ -184,7 +184,7 @@ def _job(task, teacher, seed, backbone, data, training, model):
     length, verbalizer = saved.get("max_length", model.prompt_config.max_length), saved.get("training", {}).get("verbalizer", training.verbalizer)
     encoder = Encoder(task, backbone.tokenizer, backbone.style, length, verbalizer)
     rows = load_task(task, shots=training.shots or None, shots_seed=seed) if data is None else data
-    return _Job(task, get_method("mpt"), seed, backbone, training, model, encoder, rows)
+    return Job(task, get_method("mpt"), seed, backbone, training, model, encoder, rows)
 
 # %% ../../nbs/training/47_distillation.ipynb #4a2c8077
 def share_prompt(
@@ -211,4 +211,4 @@ def share_prompt(
         raise ValueError(f"data holds no rows of source task {missing[0]!r}; pass those of every source task: {', '.join(known)}")
     model, teachers = _student(sizes, seed, backbone, source_prompts, distillation)
     jobs = [_job(task, source_prompts[name], seed, backbone, data and data[name], training, model) for name, task in known.items()]
-    return _complete(_Mixture(jobs, model, teachers), Path(output_dir or Path("adapters") / f"{SHARED}-mpt-{seed}"), checkpoint_dir, workers, progress)
+    return complete(_Mixture(jobs, model, teachers), Path(output_dir or Path("adapters") / f"{SHARED}-mpt-{seed}"), checkpoint_dir, workers, progress)

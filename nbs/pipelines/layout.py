@@ -48,7 +48,8 @@ def generated(profile):
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
     choices = seen_from(folder, profile.choice_file("ept").parent) if profile.searched else None
     write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, choices=choices, **values)
-    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=lists, files=rows_of(profile, task, root)) for task in profile.grid.tasks}
+    listed = {task: lists if task in profile.grid.tasks else [] for task in profile.prepared}  # of a source task beside the grid only the rows are needed
+    tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=found, files=rows_of(profile, task, root)) for task, found in listed.items()}
     task_files = [seen_from(folder, task.data.folder / f"{name}.yaml") for name, task in profile.own.items()]
     return project | {"dvc.yaml": write("profile.yaml.jinja", task_files=task_files, searches=searches(profile))} | tasks
 
@@ -111,17 +112,25 @@ def copy_task(file, folder):
 
 
 def with_tasks(text, names):
-    "The text of a parameter file with other tasks, whose rows lie where their files say."
+    "The text of a parameter file with other tasks, whose rows lie where their files say; a search is made on all of them."
     text = with_section(text, "data", ["source: own  # each task names its files"])
+    if found := section(text, "search"):
+        listed = r"(\btasks:)(?:\s*\[[^]]*\]|(?:\s*\n\s*- [^\n]*)+)"
+        text = text[: found.start()] + re.sub(listed, rf"\1 [{', '.join(names)}]", found[0], count=1) + text[found.end() :]
     return with_section(text, "tasks", [f"{name}: {{}}" for name in names])
+
+
+def section(text, name):
+    "Where a section stands in the text of a parameter file; the first group is the comment in its first line."
+    head, body = rf"^{name}:[^#\n]*(#[^\n]*)?(?:\n|\Z)", r"(?:(?:[ \t]*\n)*[ \t]+\S[^\n]*(?:\n|\Z))*"
+    return re.search(f"(?m){head}{body}", text)
 
 
 def with_section(text, name, lines):
     "The text of a parameter file with other lines in one section; a comment in the section's first line stays."
-    head, body = rf"^{name}:[^#\n]*(#[^\n]*)?(?:\n|\Z)", r"(?:(?:[ \t]*\n)*[ \t]+\S[^\n]*(?:\n|\Z))*"
-    found = re.search(f"(?m){head}{body}", text)
-    section = "\n  ".join([f"{name}:" + (f"  {found[1]}" if found[1] else ""), *lines]) + "\n"
-    return text[: found.start()] + section + text[found.end() :]
+    found = section(text, name)
+    written = "\n  ".join([f"{name}:" + (f"  {found[1]}" if found[1] else ""), *lines]) + "\n"
+    return text[: found.start()] + written + text[found.end() :]
 
 
 def new_profile(name, origin, tasks=()):

@@ -34,7 +34,8 @@ def write_plan(file="params.yaml"):
     plan = {
         "code": {notebook.stem: code_version(notebook) for notebook in sorted(HERE.glob("*.ipynb"))},
         "methods": {method: {"code": code_version(known[method]), "parameters": profile.methods.get(method, {})} for method in methods},
-        "text": {task: profile.text(task) for task in profile.grid.tasks},
+        "text": {task: profile.text(task) for task in profile.prepared},
+        **({"sources": {plan.task: plan.values for plan in profile.source_plans()}} if profile.grid.transfer else {}),
     }
     write_json(Paths(profile).plan, plan)
     return plan

@@ -47,7 +47,7 @@ def targets(profile):
     search = [(i, [stage, *likes(method)]) for i, (stage, method) in enumerate(tried)]
     runs = [(i + j, block(task, method)) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
     sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in grid.tasks)], (sources, shared, search, [*runs, *sweep])
+    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in profile.prepared)], (sources, shared, search, [*runs, *sweep])
 
 
 @contextmanager
