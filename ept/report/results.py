@@ -322,10 +322,23 @@ def compared(self: ScoreTable) -> list[str]:
 
 
 @patch(as_prop=True)
-def development(self: ScoreTable) -> list[str]:  # in the grid's order; empty where the records know of no such choice
-    "The tasks on which the methods' sizes and rates were chosen; the others are for confirmation."
+def search(self: ScoreTable) -> Search | None:  # None where the records know of none, whatever the profile says today
+    "The search that has chosen the sizes and rates of the runs."
     told = any("chosen" in ((config or {}).get("search") or {}) for config in self.runs["config"]) if "config" in self.runs else False
-    return [task for task in self.tasks if told and task in searched(self.profile).tasks]
+    return searched(self.profile) if told else None
+
+
+@patch(as_prop=True)
+def development(self: ScoreTable) -> list[str]:  # in the grid's order
+    "The tasks on which sizes and rates were chosen; the others are for confirmation, and they decide."
+    return [task for task in self.tasks if self.search and task in self.search.tasks]
+
+
+@patch(as_prop=True)
+def parts(self: ScoreTable) -> dict[str, list[str]]:  # "confirmation" and "development" -> tasks; empty where the grid has one kind alone
+    "The tasks of both kinds, where a grid has both."
+    chosen = self.development
+    return {"confirmation": [t for t in self.tasks if t not in chosen], "development": chosen} if 0 < len(chosen) < len(self.tasks) else {}
 
 
 @patch
@@ -550,12 +563,12 @@ def overall(
     pairs, means = self.pairs(among), self.shared(among, among)
     wide = means[among or self.compared]
     placed, behind, rows = ranks(wide), gaps(wide), []
-    chosen, multiples = self.development, self.multiples
+    parts, multiples = self.parts, self.multiples
     for method in among or self.methods:
         cells, own = self.cells[self.cells["method"] == method], means[method]
         row = {"method": method, "role": self.roles[method], "tasks": int((cells["seeds"] > 0).sum()), "missing": int(cells["missing"].sum())}
         row |= {"score": own.mean(skipna=False), **dict(zip(("low", "high"), self._mean_interval(method, pairs)))}
-        row |= {"confirmation": own.drop(chosen, errors="ignore").mean(skipna=False), "development": own.reindex(chosen).mean()} if chosen else {}
+        row |= {part: own.loc[[t for t in tasks if t in pairs]].mean(skipna=False) for part, tasks in parts.items()}
         place = placed[method] if method in placed and len(placed) else pd.Series(dtype=float)
         row |= {"rank": place.mean(), "rank_deviation": place.std(), "best_rank": place.min(), "worst_rank": place.max()}
         gap = behind[method] if method in behind and len(behind) else pd.Series(dtype=float)

@@ -83,7 +83,7 @@ def _present_mean(parts, classes, p, y, weights):
     return (parts * there).sum(0) / there.sum(0)
 
 # %% ../../nbs/report/60_statistics.ipynb #37e1e833
-DRAWS, LEVEL = 4000, 0.95
+DRAWS, LEVEL = 2000, 0.95
 
 
 def resample(

@@ -18,7 +18,8 @@ import markupsafe
 import pandas as pd
 from fastcore.basics import patch
 
-from .results import ScoreTable, counted, label, of_origin, origins, searched
+from ..grid.profiles import Search
+from .results import ScoreTable, counted, label, of_origin, origins
 from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/report/62_tables.ipynb #71463378
@@ -328,8 +329,10 @@ def _budgeted(table):
 
 def _split(table):
     "Which tasks are for development and which for confirmation, in a sentence."
-    chosen = table.development
-    return f"Sizes and rates were chosen on the development tasks ({', '.join(chosen)}); the others are for confirmation. " if chosen else ""
+    chosen = ", ".join(table.development)
+    if chosen and not table.parts:
+        return "All tasks are development tasks: sizes and rates were chosen on them. "
+    return f"Sizes and rates were chosen on the development tasks ({chosen}); the others are for confirmation, and they decide. " if chosen else ""
 
 
 def _overall_cells(row):
@@ -417,7 +420,7 @@ def rates_table(
     "What the search has chosen for each method, with a mark where a rate lies at an end of its range."
     configs = zip(table.runs["method"], table.runs["config"])
     found = {m: own["chosen"] for m, config in configs if (own := (config or {}).get("search")) and own.get("chosen")}
-    search = searched(table.profile)
+    search = table.search or Search()
     methods, names = [m for m in table.methods if m in found], list(dict.fromkeys(name for chosen in found.values() for name in chosen))
     if not methods or not search.tasks:
         return None
