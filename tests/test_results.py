@@ -1225,9 +1225,10 @@ def test_records_of_an_earlier_search_have_no_development_tasks(searched_grid):
 
 def test_the_search_of_another_profile_says_which_tasks_were_for_development(tmp_path):
     (tmp_path / "profiles" / "first").mkdir(parents=True)
-    (tmp_path / "pyproject.toml").write_text("")
-    source = load_profile(profile_files(ROOT)["embedded-full"])
-    text = source.file.read_text().replace("profile: embedded-full", "profile: first")
+    for name in ("settings.ini", "params.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    source = load_profile(profile_files(ROOT)["embedded-development"])
+    text = source.file.read_text().replace("profile: embedded-development", "profile: first")
     (tmp_path / "profiles" / "first" / "params.yaml").write_text(text)
     other = replace(profile(tasks=("sst2", "rte")), search=Search(origin="first"), file=tmp_path / "profiles" / "second" / "params.yaml")
     assert searched(other).tasks == source.search.tasks and searched(source) is source.search
@@ -1343,9 +1344,7 @@ def test_ahead_by_when_resamples_seeds_and_is_asked_on_confirmation_tasks(search
     runs = learned(searched_grid).set_index(["method", "task", "seed"])["half"]
     mean = np.mean([runs["ept", t, s] - runs["dept", t, s] for t in ("cola", "stsb", "multirc") for s in (0, 1)])
     assert found.loc[("dept", "half"), "difference"] == pytest.approx(mean) and [row[0].value for row in ahead_table(searched_grid).rows] == ["dept", "pt"]
-    same = with_history(
-        made_up(methods=("dept", "ept"), tasks=("cola",), missing=()), dict.fromkeys(("dept", "ept"), {"step": [75, 300], "loss": [1.0] * 2, "score": [50.0, 60.0]})
-    )
+    same = with_history(made_up(methods=("dept", "ept"), tasks=("cola",), missing=()), {m: {"step": [75, 300], "loss": [1.0] * 2, "score": [50.0, 60.0]} for m in ("dept", "ept")})
     assert ahead(same)["difference"].eq(0).all() and ahead(same)["p"].eq(1).all()
 
 

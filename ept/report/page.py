@@ -62,7 +62,7 @@ def _within(table):
     first = f"; the first is `{lead}` with {found.iloc[0]:.1f}" if lead != own else f"; the second is `{found.index[1]}` with {found.iloc[1]:.1f}"
     return f"Within the prompt's budget of {table.budget:,.0f} numbers `{own}` is number {list(found.index).index(own) + 1} of {len(found)} with a mean of {found[own]:.1f}{first}."
 
-# %% ../../nbs/report/64_page.ipynb #01acf92a
+# %% ../../nbs/report/64_page.ipynb #1deb076c
 def _contrast(table, kind):
     "The sentence of one contrast; where a grid has tasks for confirmation, over those first."
     found = contrasts(table)
@@ -74,8 +74,8 @@ def _contrast(table, kind):
     same = ", which is also the best other method within the prompt's budget" if "and" in first["contrast"] else ""
     text = f"{head} contrast, `{first['method']}` minus `{first['against']}`{about}{same}: {_points(*first[['difference', 'low', 'high']])}"
     text += "" if math.isnan(first["p"]) else f", p {_p(first['p'])}"
-    kind = "confirmation task" if first["over"] == "confirmation" else "task"
-    text += f", over {counted(first['tasks'], kind)} and {counted(first['runs'], 'pair')} of runs"
+    noun = "confirmation task" if first["over"] == "confirmation" else "task"
+    text += f", over {counted(first['tasks'], noun)} and {counted(first['runs'], 'pair')} of runs"
     text += "" if math.isnan(first["detectable"]) else f"; {first['detectable']:.1f} points would have been found with a power of 80 %"
     parts = [f"{row['over']} tasks ({row['tasks']}) {_points(row['difference'], row['low'], row['high'])}" for row in found.iloc[1:].to_dict("records")]
     text += f". {'; '.join(parts).capitalize()}" if parts else ""
@@ -180,8 +180,7 @@ def _modules(table):
 # %% ../../nbs/report/64_page.ipynb #583e0dbb
 def _doubts(table):
     "Scores of constant answers, open leads, a single seed: what limits the findings above."
-    cells, there = table.cells, table.cells[table.cells["seeds"] > 0]
-    said = []
+    there, said = table.cells[table.cells["seeds"] > 0], []
     stuck, near = int(there["stuck"].sum()), int((there["near_floor"] & ~there["stuck"]).sum())
     said += [f"{stuck} of {len(there)} scores {'comes' if stuck == 1 else 'come'} from answering the same to every example (†)"] if stuck else []
     said += [f"{near} more cannot be told from a constant answer (‡)"] if near else []

@@ -469,7 +469,7 @@ def _standing(self: ScoreTable, task, method):
     return "" if verdicts[method] == "win" else "level"
 
 # %% ../../nbs/report/61_results.ipynb #c0d1395b
-_ROLES = {"frozen": "reference", "ept": "proposed", **dict.fromkeys(("ept-no-fusion", "ept-no-projection", "ept-one-space"), "ablation")}
+_ROLES = {"frozen": "reference", "ept": "proposed", "dept-ept-rank": "ablation"}
 
 
 def made_up(
@@ -500,7 +500,7 @@ def _made_up_run(task, method, seed, skill, n, there):
     score = float(weighted_scores(task.score, predictions, labels, np.ones((1, n)))[0])
     majority = 100 * float(np.mean(labels == np.bincount(labels.astype(int)).argmax())) if task.score == "accuracy" else 0.0
     sizes = {"frozen": 0, "finetune": 2900, "lora": 49, "adapter": 25, "adapterdrop": 14, "bitfit": 3.6, "attempt": 3}
-    parameters, role = int(76_800 * sizes.get(method, 1)), _ROLES.get(method, "comparison")
+    parameters, role = int(76_800 * sizes.get(method, 1)), _ROLES.get(method, "ablation" if method.startswith("ept-") else "comparison")
     sizes = {"prompt_length": 100, "short_length": 40, "rank": 45 if method == "dept" else 20, "max_length": 256, "spaces": 4}
     sizes |= {"short_length": 100, "rank": 0} if method == "pt" else {}
     search = {"from": {"profile": "made-up", "method": method}, "chosen": {"learning_rate": 0.3, "module_learning_rate": 0.95}}

@@ -210,16 +210,16 @@ def _size(row):
     few, many = row["fewest_parameters"], row["trainable_parameters"]
     return "missing" if math.isnan(many) else f"{many:,.0f}" if few == many else f"{few:,.0f} to {many:,.0f}"
 
-# %% ../../nbs/report/62_tables.ipynb #70c65cfd
+# %% ../../nbs/report/62_tables.ipynb #2e8f6da4
 def averaged(
     table: ScoreTable,
 ) -> str:
     "Over which tasks and seeds means and ranks are, in a sentence."
     pairs, tasks, seeds = table.pairs(), len(table.tasks), len(table.seeds)
     count, later = sum(map(len, pairs.values())), [m for m in table.contenders if m not in table.compared]
-    if count == tasks * seeds:
-        return f"Means are over {counted(tasks, 'task')}" + (f", {seeds} seeds each." if seeds > 1 else ".")
     text = f"Means and ranks are over the {count} of {tasks * seeds} pairs of a task and a seed that all {len(table.compared)} compared methods have, on {counted(len(pairs), 'task')}."
+    if count == tasks * seeds:
+        text = f"Means are over {counted(tasks, 'task')}" + (f", {seeds} seeds each." if seeds > 1 else ".")
     return text + (f" Not yet compared, for they have fewer than half the runs of the fullest: {', '.join(later)}." if later else "")
 
 
