@@ -447,7 +447,7 @@ def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_pat
 
 
 OWN = {name: replace(get_task("sst2"), name=name) for name in ("reviews", "mails")}
-PAPER = r"(?i)\babstract\b|12\.9|−14|14 %|made[- ]up|says nothing|published"
+PAPER = r"(?i)\babstract\b|12\.9 %|14 %|made[- ]up|says nothing|published"
 
 
 def test_beside_tasks_of_ones_own_stands_no_word_of_the_paper(tmp_path):
@@ -1047,7 +1047,7 @@ def test_a_figure_without_content_is_left_out_and_the_page_says_why(tmp_path):
     (tmp_path / "report" / "figures").mkdir(parents=True)
     (tmp_path / "report" / "figures" / "gates.svg").write_text("of an earlier grid")
     table = read(p, tmp_path)
-    assert set(write_report(table, tmp_path / "report")) == {"scores", "curves"}
+    assert set(write_report(table, tmp_path / "report")) == {"scores", "speed", "curves"}
     assert not (tmp_path / "report" / "figures" / "gates.svg").exists()
     assert "no sweep over m, r and K has been run" in (tmp_path / "report" / "report.html").read_text()
 
@@ -1059,7 +1059,7 @@ def test_findings_follow_the_numbers(tmp_path):
         write(tmp_path, p, f"{task}-ept-0", 95)
     text = " ".join(findings(read(p, tmp_path)))
     assert "`ept` has the highest mean score of 2 methods over 2 tasks, 95.0; next is `pt` with 60.0" in text and "2 wins, 0 ties, 0 losses" in text
-    assert "+58.3 %" in text and "one seed" in text
+    assert "+35.0 points" in text and "one seed" in text
     for task in ("cola", "cb"):
         write(tmp_path, p, f"{task}-ept-0", 59)
     text = " ".join(findings(read(p, tmp_path)))

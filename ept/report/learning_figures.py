@@ -79,7 +79,7 @@ def plot_inside(
         figure.legend(handles=[mpl.lines.Line2D([], [], **looks[m], label=m) for m in methods], loc="outside upper center", ncols=min(5, len(methods)))
     return figure
 
-
+# %% ../../nbs/report/63a_learning_figures.ipynb #ffe73029
 def _inside_panel(panel, found, looks):
     "The panel of one column: the median of each method that has it, with the quartiles of the first."
     panel.tick_params(labelsize=7.5, length=2)

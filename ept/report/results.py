@@ -320,7 +320,7 @@ def compared(self: ScoreTable) -> list[str]:
     runs = {m: sum(key[1] == m for key in self._runs) for m in self.contenders or self.methods}
     return [m for m, count in runs.items() if count and 2 * count >= max(runs.values())]
 
-
+# %% ../../nbs/report/61_results.ipynb #072eb691
 @patch(as_prop=True)
 def search(self: ScoreTable) -> Search | None:  # None where the records know of none, whatever the profile says today
     "The search that has chosen the sizes and rates of the runs."
@@ -340,7 +340,7 @@ def parts(self: ScoreTable) -> dict[str, list[str]]:  # "confirmation" and "deve
     chosen = self.development
     return {"confirmation": [t for t in self.tasks if t not in chosen], "development": chosen} if 0 < len(chosen) < len(self.tasks) else {}
 
-
+# %% ../../nbs/report/61_results.ipynb #43909027
 @patch
 def pairs(
     self: ScoreTable,
@@ -369,7 +369,7 @@ def common(self: ScoreTable) -> list[str]:
     "The tasks that are averaged: those that all compared methods have."
     return list(self.pairs())
 
-
+# %% ../../nbs/report/61_results.ipynb #fa193c59
 @patch(as_prop=True)
 def machines(self: ScoreTable) -> dict[str, int]:  # processor, device and precision -> number of runs
     "The machines that the runs were timed on."

@@ -320,7 +320,7 @@ def overall_table(
     )
     return Table("overall", list(rows[0]), [list(cells.values()) for cells in rows], caption)
 
-
+# %% ../../nbs/report/62_tables.ipynb #2de0280f
 def _budgeted(table):
     "What the multiples are of, in a sentence."
     budget = table.budget
@@ -352,7 +352,7 @@ def _overall_cells(row):
         "at the floor": Cell(str(row["near_floor"])), "runs missing": Cell(str(row["missing"])),
     }
 
-
+# %% ../../nbs/report/62_tables.ipynb #61601340
 def budget_table(
     table: ScoreTable,
 ) -> Table | None:  # None where fewer than two compared methods are within it
