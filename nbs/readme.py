@@ -27,6 +27,7 @@ def methods_table():
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 
+    from ept.methods.catalogue import catalogue
     from ept.methods.registry import METHODS, method_table
 
     config = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=32128, decoder_start_token_id=0)
@@ -36,15 +37,11 @@ def methods_table():
     row = lambda m: [f"`{m.name}`", m.summary, m.source.split(",")[0].strip("- "), f"{counts[m.name]:,}"]
     rows = {m.name: row(m) for m in METHODS.values() if m.role != "ablation"}
     ablations = [m for m in METHODS.values() if m.role == "ablation"]
-    if ablations:
-        fewest, most = (f"{bound(counts[m.name] for m in ablations):,}" for bound in (min, max))
-        own = [
-            f"{len(ablations)} ablations: `{ablations[0].name}` to `{ablations[-1].name}`",
-            "EPT without a part, [other readings](nbs/methods/31a_readings.ipynb) of the abstract, controls",
-            "",
-            f"{fewest} to {most}",
-        ]
-        rows = {"ept": rows.pop("ept"), "ablations": own, **rows}
+    parted = [m for m in ablations if catalogue().get(m.name) == catalogue()["ept"]]
+    groups = {"EPT with one part taken away": parted, "[other readings](nbs/methods/31a_readings.ipynb) of the abstract; controls": [m for m in ablations if m not in parted]}
+    bounds = lambda methods: " to ".join(f"{bound(counts[m.name] for m in methods):,}" for bound in (min, max))
+    own = {said: [", ".join(f"`{m.name}`" for m in methods), said, "ablations", bounds(methods)] for said, methods in groups.items() if methods}
+    rows = {"ept": rows.pop("ept"), **own, **rows}
     return table(["method", "what is trained", "source", "trainable parameters:"], rows.values())
 
 

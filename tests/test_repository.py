@@ -277,10 +277,10 @@ def test_a_stage_depends_on_its_own_parameters(grid):
     assert parameters(grid["search"]) == {("params.yaml", "training"), method, ("params.yaml", "tasks.cola"), ("plan.json", "code.search"), ("params.yaml", "search")}
     assert parameters(grid["search-like"]) == {("plan.json", "code.search")} and grid["search-like"]["deps"] == ["results/search/${item}.json"]
     assert parameters(grid["evaluate"]) == {("plan.json", "code.evaluate"), (method[0], f"{method[1]}.code")}
-    alone, known = ("params.yaml", "sources"), lambda *names: {("plan.json", name) for name in names}
-    assert parameters(grid["source"]) == {("params.yaml", "training"), alone, ("params.yaml", "tasks.${item.task}")} | known("code.source", "methods.pt", "text.${item.task}")
-    assert parameters(grid["shared"]) == {("params.yaml", "training"), alone, ("params.yaml", "grid.sources")} | known("code.shared", "methods.mpt", "text.sst2", "text.cola")
-    assert not any(alone in parameters(stage) for name, stage in grid.items() if name not in ("source", "shared"))
+    known = lambda *names: {("plan.json", name) for name in names}
+    assert parameters(grid["source"]) == known("sources.${item.task}", "code.source", "methods.pt", "text.${item.task}")
+    assert parameters(grid["shared"]) == {("params.yaml", "grid.sources")} | known("sources.shared", "code.shared", "methods.mpt", "text.sst2", "text.cola")
+    assert not any(name.startswith("sources") for stage, found in grid.items() if stage not in ("source", "shared") for _, name in parameters(found))
     assert parameters(grid["reference"]) == {("plan.json", "code.reference"), ("plan.json", "text.sst2"), method}
     assert parameters(grid["prepare"]) == {("plan.json", "code.prepare"), ("params.yaml", "data")}
     assert parameters(grid["plan"]) == {("params.yaml", "*")}
@@ -357,7 +357,8 @@ def test_jobs_share_the_grid(profile):
     g, kept = read.grid, len(read.source_plans())
     trained = len(g.methods) - len(g.references)
     per_task = trained * len(g.seeds) * 2 + len(g.references) * len(g.seeds) + 1
-    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + kept + (trained if read.search.tasks else 0) + len(read.sweep_runs())
+    beside = kept + len(read.prepared) - len(read.tasks) + (trained if read.search.tasks else 0) + len(read.sweep_runs())
+    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + beside
     assert [s for _, block in tried for s in block] == [s for s in names if "search" in s] and len(tried) == len(read.tried)
     assert sum("source@" in s for _, block in sources for s in block) + sum("shared@" in s for _, block in shared for s in block) == kept
     for method in g.methods:
