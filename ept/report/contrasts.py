@@ -13,7 +13,7 @@ import pandas as pd
 from .results import ScoreTable
 from .tables import Cell, Table
 
-# %% ../../nbs/report/62a_contrasts.ipynb #d4810186
+# %% ../../nbs/report/62a_contrasts.ipynb #20087ee4
 PRIMARY = "dept"  # what the proposed method is an extension of
 
 
@@ -22,7 +22,8 @@ def best_within(
 ) -> str | None:  # None where there is no other
     "The method with the highest mean score within the prompt's budget, the proposed one left out."
     others = [m for m in table.within if m != table.proposed]
-    means = table.shared(others, table.within).mean().dropna() if others else []
+    means = table.shared(others, table.within) if others else pd.DataFrame()
+    means = means.drop(table.parts.get("development", []), errors="ignore").mean().dropna()
     return means.idxmax() if len(means) else None
 
 
@@ -30,8 +31,8 @@ def contrasts(
     table: ScoreTable,
 ) -> pd.DataFrame:  # one row a contrast and set of tasks; no rows without a proposed method
     "The primary and the secondary contrast: difference in points, 95 % interval, p (uncorrected), and the difference that would have been detected."
-    chosen, best = table.development, best_within(table)
-    sets = {"all": table.tasks} | ({"confirmation": [t for t in table.tasks if t not in chosen], "development": chosen} if chosen else {})
+    parts, best = table.parts, best_within(table)
+    sets = {"confirmation": parts["confirmation"], "all": table.tasks, "development": parts["development"]} if parts else {"all": table.tasks}
     kinds = {PRIMARY: "primary", best: "secondary"} if best != PRIMARY else {PRIMARY: "primary and secondary"}
     rows = []
     for against, kind in kinds.items():

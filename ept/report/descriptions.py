@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DESCRIPTIONS', 'describe_scores', 'describe_comparison', 'describe_ranks', 'describe_parameters', 'describe_time',
-           'describe_ablations', 'describe_sweep', 'describe_curves', 'describe_speed', 'describe_inside',
-           'describe_gates']
+           'describe_ablations', 'describe_sweep', 'describe_curves', 'describe_gates', 'describe_speed',
+           'describe_inside']
 
 # %% ../../nbs/report/63b_descriptions.ipynb #3d9b6efb
 import math
@@ -140,6 +140,21 @@ def describe_curves(
     return text + ("." if last.idxmax() == own else f"; the highest at the end is {last.idxmax()} with {last.max():.1f}.")
 
 
+def describe_gates(
+    table: ScoreTable,
+) -> str:
+    "Alternative text: how far the gate weights are from an equal share."
+    gates = first_gates(table)
+    low, high = min(map(np.min, gates.values())), max(map(np.max, gates.values()))
+    far = {task: float(np.abs(weights - 1 / weights.shape[1]).mean()) for task, weights in gates.items()}
+    most, least, spaces = max(far, key=far.get), min(far, key=far.get), max(g.shape[1] for g in gates.values())
+    text = f"Weights of {counted(spaces, 'space')} for each prompt token of {table.proposed}, a strip for each of {counted(len(gates), 'task')}: "
+    text += f"between {low:.2f} and {high:.2f}, where an equal share is {1 / spaces:.2f}."
+    if len(gates) == 1:
+        return text + f" They differ from it by {far[most]:.3f} on the average."
+    return text + f" They differ most from it on {most}, by {far[most]:.3f} on the average, and least on {least}, by {far[least]:.3f}."
+
+# %% ../../nbs/report/63b_descriptions.ipynb #b7b809b9
 def describe_speed(
     table: ScoreTable,
 ) -> str:
@@ -164,21 +179,6 @@ def describe_inside(
     text += f"At the end of {own}, median over runs: " + ", ".join(f"{INSIDE[name]}: {last[name]:.3g}" for name in INSIDE if name in last) + "."
     count, every = stayed(table).get(own, (0, 0))
     return text + (f" In {count} of {counted(every, 'run')} the modules stayed at their start." if every else "")
-
-
-def describe_gates(
-    table: ScoreTable,
-) -> str:
-    "Alternative text: how far the gate weights are from an equal share."
-    gates = first_gates(table)
-    low, high = min(map(np.min, gates.values())), max(map(np.max, gates.values()))
-    far = {task: float(np.abs(weights - 1 / weights.shape[1]).mean()) for task, weights in gates.items()}
-    most, least, spaces = max(far, key=far.get), min(far, key=far.get), max(g.shape[1] for g in gates.values())
-    text = f"Weights of {counted(spaces, 'space')} for each prompt token of {table.proposed}, a strip for each of {counted(len(gates), 'task')}: "
-    text += f"between {low:.2f} and {high:.2f}, where an equal share is {1 / spaces:.2f}."
-    if len(gates) == 1:
-        return text + f" They differ from it by {far[most]:.3f} on the average."
-    return text + f" They differ most from it on {most}, by {far[most]:.3f} on the average, and least on {least}, by {far[least]:.3f}."
 
 # %% ../../nbs/report/63b_descriptions.ipynb #fc6d4a3c
 DESCRIPTIONS = {  # figure -> its alternative text from a table

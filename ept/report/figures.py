@@ -356,8 +356,11 @@ def plot_ablations(
         return None
     looks, nothing = look(table.methods, table.proposed), (math.nan,) * 3 + ("",)
     with drawing():
-        figure = Drawing(figsize=(1.2 + 1.6 * max(2, len(others)), 0.9 + 0.22 * (len(table.tasks) + 1)))
-        panels = figure.subplots(1, len(others), squeeze=False, sharey=True, sharex=True).ravel()
+        columns, rows = min(len(others), 5), math.ceil(len(others) / 5)
+        figure = Drawing(figsize=(1.2 + 1.6 * max(2, columns), 0.6 + rows * (0.3 + 0.22 * (len(table.tasks) + 1))))
+        panels = figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).ravel()
+        for panel in panels[len(others) :]:
+            panel.set_visible(False)
         for panel, other in zip(panels, others):
             own = found[found["method"] == other].set_index("task")
             rows = [(t, *(own.loc[t, ["difference", "low", "high", "verdict"]] if t in own.index else nothing), other) for t in table.tasks]

@@ -45,7 +45,7 @@ def plot_speed(
         figure.legend(handles=handles, loc="outside upper center", ncols=min(7, len(handles)))
     return figure
 
-# %% ../../nbs/report/63a_learning_figures.ipynb #519bad96
+# %% ../../nbs/report/63a_learning_figures.ipynb #c37aeef2
 RATIOS = ("fusion", "projection", "offset")  # sizes beside the short prompt
 
 
@@ -69,6 +69,7 @@ def plot_inside(
         for panel, name in zip(panels, names):
             _inside_panel(panel, found[found["column"] == name], {m: looks[m] for m in methods})
             panel.set_title(INSIDE[name], fontsize=8.5)
+            panel.set_xlim(0, 1.03 * found["step"].max())
             if name in RATIOS:
                 panel.set_yscale("symlog", linthresh=0.01)
                 panel.set_ylim(0, None)
@@ -78,7 +79,7 @@ def plot_inside(
         figure.legend(handles=[mpl.lines.Line2D([], [], **looks[m], label=m) for m in methods], loc="outside upper center", ncols=min(5, len(methods)))
     return figure
 
-
+# %% ../../nbs/report/63a_learning_figures.ipynb #ffe73029
 def _inside_panel(panel, found, looks):
     "The panel of one column: the median of each method that has it, with the quartiles of the first."
     panel.tick_params(labelsize=7.5, length=2)

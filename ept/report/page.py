@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from .contrasts import contrast_table, contrasts
 from .descriptions import DESCRIPTIONS
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
-from .learning import TARGETS, learned, speed, speed_table, stayed
+from .learning import TARGETS, ahead, ahead_table, learned, speed, speed_table, stayed
 from .learning_figures import plot_inside, plot_speed
 from .provenance import caveats, provenance
-from .results import SIZES, ScoreTable, counted, label, of_origin, origins, searched, sweep_mean, sweep_points
+from .results import SIZES, ScoreTable, counted, label, of_origin, origins, sweep_mean, sweep_points
 from .statistics import DRAWS
 from ept.report.tables import (
     TEMPLATES, averaged, budget_table, comparison_table, conditions, frames, overall_table, ranked, rates_table, runs_table, score_table, timing, turned_table, ungrouped,
@@ -62,9 +62,9 @@ def _within(table):
     first = f"; the first is `{lead}` with {found.iloc[0]:.1f}" if lead != own else f"; the second is `{found.index[1]}` with {found.iloc[1]:.1f}"
     return f"Within the prompt's budget of {table.budget:,.0f} numbers `{own}` is number {list(found.index).index(own) + 1} of {len(found)} with a mean of {found[own]:.1f}{first}."
 
-# %% ../../nbs/report/64_page.ipynb #546f68d4
+# %% ../../nbs/report/64_page.ipynb #1deb076c
 def _contrast(table, kind):
-    "The sentence of one contrast, over all tasks and, where they are told apart, over those for confirmation and for development."
+    "The sentence of one contrast; where a grid has tasks for confirmation, over those first."
     found = contrasts(table)
     found = found[found["contrast"].str.contains(kind)] if len(found) else found
     if not len(found):
@@ -74,7 +74,8 @@ def _contrast(table, kind):
     same = ", which is also the best other method within the prompt's budget" if "and" in first["contrast"] else ""
     text = f"{head} contrast, `{first['method']}` minus `{first['against']}`{about}{same}: {_points(*first[['difference', 'low', 'high']])}"
     text += "" if math.isnan(first["p"]) else f", p {_p(first['p'])}"
-    text += f", over {counted(first['tasks'], 'task')} and {counted(first['runs'], 'pair')} of runs"
+    noun = "confirmation task" if first["over"] == "confirmation" else "task"
+    text += f", over {counted(first['tasks'], noun)} and {counted(first['runs'], 'pair')} of runs"
     text += "" if math.isnan(first["detectable"]) else f"; {first['detectable']:.1f} points would have been found with a power of 80 %"
     parts = [f"{row['over']} tasks ({row['tasks']}) {_points(row['difference'], row['low'], row['high'])}" for row in found.iloc[1:].to_dict("records")]
     text += f". {'; '.join(parts).capitalize()}" if parts else ""
@@ -152,7 +153,7 @@ def _duration(table):
     said = [f"{value:.2f} of the time of `{other}`" for other, value in ratios.items() if not math.isnan(value)]
     return f"Training took `{table.proposed}` {' and '.join(said)}, wall-clock on the machine of these runs." if said else ""
 
-# %% ../../nbs/report/64_page.ipynb #f9369bd4
+# %% ../../nbs/report/64_page.ipynb #2ffb4182
 LEVELLED = 1.0  # points; a second half of the steps that adds more has not ended
 
 
@@ -167,7 +168,7 @@ def _speed(table):
     for target in (t for t in TARGETS if t in found.index and t != table.proposed and table.proposed in found.index):
         step, share = found.loc[table.proposed, [f"to_{target}", f"reach_{target}"]]
         text += f" Where `{target}` ends, {100 * share:.0f} % of the runs of `{table.proposed}` arrive" + ("." if math.isnan(step) else f", after {step:.0f} steps in the median.")
-    late = found["gain"][found["gain"] > LEVELLED].drop([m for m in found.index if table.roles[m] == "ablation"], errors="ignore")
+    late = found.loc[shown, "gain"].loc[lambda gain: gain > LEVELLED]
     return text + (f" The second half still added more than a point to {', '.join(f'`{m}` ({v:+.1f})' for m, v in late.items())}: where they would end is open." if len(late) else "")
 
 
@@ -179,8 +180,7 @@ def _modules(table):
 # %% ../../nbs/report/64_page.ipynb #583e0dbb
 def _doubts(table):
     "Scores of constant answers, open leads, a single seed: what limits the findings above."
-    cells, there = table.cells, table.cells[table.cells["seeds"] > 0]
-    said = []
+    there, said = table.cells[table.cells["seeds"] > 0], []
     stuck, near = int(there["stuck"].sum()), int((there["near_floor"] & ~there["stuck"]).sum())
     said += [f"{stuck} of {len(there)} scores {'comes' if stuck == 1 else 'come'} from answering the same to every example (†)"] if stuck else []
     said += [f"{near} more cannot be told from a constant answer (‡)"] if near else []
@@ -256,9 +256,9 @@ def protocol(
     own = {f"{name}": values for group in (p.methods, p.tasks) for name, values in group.items() if values and name in (*table.methods, *table.tasks)}
     found = [("Runs", conditions(table)), ("Training", f"The same for every method and task unless named below: {shown(p.training)}.")]
     found += [("Exceptions", "; ".join(f"{name}: {shown(values)}" for name, values in own.items()) + ".")] if own else []
-    search, rates = searched(p), "Used as they stand; none was searched."
-    if table.development:
-        rates = f"Chosen on {', '.join(table.development)} by {counted(search.trials, 'trial')} for each method, each rate by itself, with its sizes; the best mean validation score decides, for all tasks and seeds."
+    search, rates = table.search, "Used as they stand; none was searched."
+    if search and search.tasks:
+        rates = f"Chosen on {', '.join(search.tasks)}{f' in profile {p.search.origin}' if p.search.origin else ''} by {counted(search.trials, 'trial')} for each method, each rate by itself, with its sizes; the best mean validation score decides, for all tasks and seeds."
     found += [
         ("Rates and sizes", rates),
         ("Selection", "The checkpoint with the best validation score is kept; the test split is read once, after training."),
@@ -329,7 +329,8 @@ def _tables(table, scores):
     "Heading -> table; those without rows are left out."
     parts = {
         "Contrasts": contrast_table(table), "Scores": scores, "Methods": overall_table(table), "Within the prompt's budget": budget_table(table),
-        "Comparisons": comparison_table(table), "How fast": speed_table(table), "Learning rates": rates_table(table), "Runs": runs_table(table),
+        "Comparisons": comparison_table(table), "How fast": speed_table(table),
+        "Ahead by when": ahead_table(table), "Learning rates": rates_table(table), "Runs": runs_table(table),
     }
     return {heading: part for heading, part in parts.items() if part}
 
@@ -362,7 +363,7 @@ def render(
 def _frames(table):
     "The numbers behind contrasts and learning; every run with its validation scores, and whether its modules moved."
     runs = learned(table)
-    found = {"contrasts": contrasts(table), "speed": speed(table).rename_axis("method").reset_index(), "runs": runs.drop(columns=runs.filter(like="has_").columns)}
+    found = {"contrasts": contrasts(table), "speed": speed(table).rename_axis("method").reset_index(), "ahead": ahead(table), "runs": runs.drop(columns=runs.filter(like="has_").columns)}
     return {name: frame for name, frame in found.items() if len(frame)}
 
 

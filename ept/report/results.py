@@ -320,14 +320,27 @@ def compared(self: ScoreTable) -> list[str]:
     runs = {m: sum(key[1] == m for key in self._runs) for m in self.contenders or self.methods}
     return [m for m, count in runs.items() if count and 2 * count >= max(runs.values())]
 
+# %% ../../nbs/report/61_results.ipynb #072eb691
+@patch(as_prop=True)
+def search(self: ScoreTable) -> Search | None:  # None where the records know of none, whatever the profile says today
+    "The search that has chosen the sizes and rates of the runs."
+    told = any("chosen" in ((config or {}).get("search") or {}) for config in self.runs["config"]) if "config" in self.runs else False
+    return searched(self.profile) if told else None
+
 
 @patch(as_prop=True)
-def development(self: ScoreTable) -> list[str]:  # in the grid's order; empty where the records know of no such choice
-    "The tasks on which the methods' sizes and rates were chosen; the others are for confirmation."
-    told = any("chosen" in ((config or {}).get("search") or {}) for config in self.runs["config"]) if "config" in self.runs else False
-    return [task for task in self.tasks if told and task in searched(self.profile).tasks]
+def development(self: ScoreTable) -> list[str]:  # in the grid's order
+    "The tasks on which sizes and rates were chosen; the others are for confirmation, and they decide."
+    return [task for task in self.tasks if self.search and task in self.search.tasks]
 
 
+@patch(as_prop=True)
+def parts(self: ScoreTable) -> dict[str, list[str]]:  # "confirmation" and "development" -> tasks; empty where the grid has one kind alone
+    "The tasks of both kinds, where a grid has both."
+    chosen = self.development
+    return {"confirmation": [t for t in self.tasks if t not in chosen], "development": chosen} if 0 < len(chosen) < len(self.tasks) else {}
+
+# %% ../../nbs/report/61_results.ipynb #43909027
 @patch
 def pairs(
     self: ScoreTable,
@@ -356,7 +369,7 @@ def common(self: ScoreTable) -> list[str]:
     "The tasks that are averaged: those that all compared methods have."
     return list(self.pairs())
 
-
+# %% ../../nbs/report/61_results.ipynb #fa193c59
 @patch(as_prop=True)
 def machines(self: ScoreTable) -> dict[str, int]:  # processor, device and precision -> number of runs
     "The machines that the runs were timed on."
@@ -456,7 +469,7 @@ def _standing(self: ScoreTable, task, method):
     return "" if verdicts[method] == "win" else "level"
 
 # %% ../../nbs/report/61_results.ipynb #c0d1395b
-_ROLES = {"frozen": "reference", "ept": "proposed", **dict.fromkeys(("ept-no-fusion", "ept-no-projection", "ept-one-space"), "ablation")}
+_ROLES = {"frozen": "reference", "ept": "proposed", "dept-ept-rank": "ablation"}
 
 
 def made_up(
@@ -487,7 +500,7 @@ def _made_up_run(task, method, seed, skill, n, there):
     score = float(weighted_scores(task.score, predictions, labels, np.ones((1, n)))[0])
     majority = 100 * float(np.mean(labels == np.bincount(labels.astype(int)).argmax())) if task.score == "accuracy" else 0.0
     sizes = {"frozen": 0, "finetune": 2900, "lora": 49, "adapter": 25, "adapterdrop": 14, "bitfit": 3.6, "attempt": 3}
-    parameters, role = int(76_800 * sizes.get(method, 1)), _ROLES.get(method, "comparison")
+    parameters, role = int(76_800 * sizes.get(method, 1)), _ROLES.get(method, "ablation" if method.startswith("ept-") else "comparison")
     sizes = {"prompt_length": 100, "short_length": 40, "rank": 45 if method == "dept" else 20, "max_length": 256, "spaces": 4}
     sizes |= {"short_length": 100, "rank": 0} if method == "pt" else {}
     search = {"from": {"profile": "made-up", "method": method}, "chosen": {"learning_rate": 0.3, "module_learning_rate": 0.95}}
@@ -550,12 +563,12 @@ def overall(
     pairs, means = self.pairs(among), self.shared(among, among)
     wide = means[among or self.compared]
     placed, behind, rows = ranks(wide), gaps(wide), []
-    chosen, multiples = self.development, self.multiples
+    parts, multiples = self.parts, self.multiples
     for method in among or self.methods:
         cells, own = self.cells[self.cells["method"] == method], means[method]
         row = {"method": method, "role": self.roles[method], "tasks": int((cells["seeds"] > 0).sum()), "missing": int(cells["missing"].sum())}
         row |= {"score": own.mean(skipna=False), **dict(zip(("low", "high"), self._mean_interval(method, pairs)))}
-        row |= {"confirmation": own.drop(chosen, errors="ignore").mean(skipna=False), "development": own.reindex(chosen).mean()} if chosen else {}
+        row |= {part: own.loc[[t for t in tasks if t in pairs]].mean(skipna=False) for part, tasks in parts.items()}
         place = placed[method] if method in placed and len(placed) else pd.Series(dtype=float)
         row |= {"rank": place.mean(), "rank_deviation": place.std(), "best_rank": place.min(), "worst_rank": place.max()}
         gap = behind[method] if method in behind and len(behind) else pd.Series(dtype=float)

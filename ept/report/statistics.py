@@ -83,7 +83,7 @@ def _present_mean(parts, classes, p, y, weights):
     return (parts * there).sum(0) / there.sum(0)
 
 # %% ../../nbs/report/60_statistics.ipynb #37e1e833
-DRAWS, LEVEL = 4000, 0.95
+DRAWS, LEVEL = 2000, 0.95
 
 
 def resample(
@@ -168,7 +168,7 @@ class Difference:
             return ""
         return "tie" if self.p > 1 - LEVEL or self.low <= 0 <= self.high else "win" if self.low > 0 else "loss"
 
-
+# %% ../../nbs/report/60_statistics.ipynb #70cd177d
 def difference(
     value: float,  # observed, points
     draws: np.ndarray,  # bootstrap differences, both scores on the same test sets, [draws]

@@ -18,7 +18,8 @@ import markupsafe
 import pandas as pd
 from fastcore.basics import patch
 
-from .results import ScoreTable, counted, label, of_origin, origins, searched
+from ..grid.profiles import Search
+from .results import ScoreTable, counted, label, of_origin, origins
 from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/report/62_tables.ipynb #71463378
@@ -200,7 +201,8 @@ def _number(value, digits=1, missing="missing"):
 
 def _multiple(value):
     "A multiple of the prompt's budget as text; what is near one has digits enough to show on which side."
-    return "–" if math.isnan(value) else f"{value:.4f}" if 0 < abs(value - 1) < 0.01 else f"{value:,.2f}"
+    digits = 4 if 0 < abs(value - 1) < 0.01 else 2 if value < 10 else 1 if value < 100 else 0
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
 
 
 def _size(row):
@@ -208,16 +210,16 @@ def _size(row):
     few, many = row["fewest_parameters"], row["trainable_parameters"]
     return "missing" if math.isnan(many) else f"{many:,.0f}" if few == many else f"{few:,.0f} to {many:,.0f}"
 
-# %% ../../nbs/report/62_tables.ipynb #70c65cfd
+# %% ../../nbs/report/62_tables.ipynb #2e8f6da4
 def averaged(
     table: ScoreTable,
 ) -> str:
     "Over which tasks and seeds means and ranks are, in a sentence."
     pairs, tasks, seeds = table.pairs(), len(table.tasks), len(table.seeds)
     count, later = sum(map(len, pairs.values())), [m for m in table.contenders if m not in table.compared]
-    if count == tasks * seeds:
-        return f"Means are over {counted(tasks, 'task')}" + (f", {seeds} seeds each." if seeds > 1 else ".")
     text = f"Means and ranks are over the {count} of {tasks * seeds} pairs of a task and a seed that all {len(table.compared)} compared methods have, on {counted(len(pairs), 'task')}."
+    if count == tasks * seeds:
+        text = f"Means are over {counted(tasks, 'task')}" + (f", {seeds} seeds each." if seeds > 1 else ".")
     return text + (f" Not yet compared, for they have fewer than half the runs of the fullest: {', '.join(later)}." if later else "")
 
 
@@ -263,7 +265,7 @@ def score_table(
     last = [Cell()] if beside else []
     rows.append([Cell(_mean_head(table)), Cell(), Cell(), Cell(_number(majority.reindex(table.common).mean())), *(Cell(_number(overall.loc[m, "score"])) for m in table.methods), *last])
     rows.append([Cell("trainable parameters"), Cell(), Cell(), Cell(), *(Cell(_size(overall.loc[m])) for m in table.methods), *last])
-    rows.append([Cell("multiple of l·d"), Cell(), Cell(), Cell(), *(Cell(_multiple(overall.loc[m, "multiple"])) for m in table.methods), *last])
+    rows.append([Cell("× l·d"), Cell(), Cell(), Cell(), *(Cell(_multiple(overall.loc[m, "multiple"])) for m in table.methods), *last])
     time = ["–" if not overall.loc[m, "train_seconds"] else _number(overall.loc[m, "time_of_pt"], 2, "–") for m in table.methods]
     rows.append([Cell("training time, pt = 1"), Cell(), Cell(), Cell(), *map(Cell, time), *last])
     caption = " ".join([conditions(table) + _signs(table), averaged(table), timing(table)])
@@ -292,7 +294,7 @@ def turned_table(
     caption = caption if intervals else caption.replace(", in brackets a 95 % bootstrap interval over seeds and test examples", "")
     caption += f" Last row: {published['source']}; not measured here." if beside else ""
     named = table.cells.dropna(subset="metric").drop_duplicates("task").set_index("task")["metric"]
-    columns = ["method", "trainable parameters", "multiple of l·d", *(f"{t} ({named[t]})" if t in named else t for t in table.tasks), _mean_head(table)]
+    columns = ["method", "trainable parameters", "× l·d", *(f"{t} ({named[t]})" if t in named else t for t in table.tasks), _mean_head(table)]
     if intervals:
         columns, rows = [columns[0], *columns[2:]], [[row[0], *row[2:]] for row in rows]  # the count itself is in the next table
     return Table("scores", columns, rows, caption, foot=2 + bool(beside))
@@ -318,7 +320,7 @@ def overall_table(
     )
     return Table("overall", list(rows[0]), [list(cells.values()) for cells in rows], caption)
 
-
+# %% ../../nbs/report/62_tables.ipynb #2de0280f
 def _budgeted(table):
     "What the multiples are of, in a sentence."
     budget = table.budget
@@ -327,8 +329,10 @@ def _budgeted(table):
 
 def _split(table):
     "Which tasks are for development and which for confirmation, in a sentence."
-    chosen = table.development
-    return f"Sizes and rates were chosen on the development tasks ({', '.join(chosen)}); the others are for confirmation. " if chosen else ""
+    chosen = ", ".join(table.development)
+    if chosen and not table.parts:
+        return "All tasks are development tasks: sizes and rates were chosen on them. "
+    return f"Sizes and rates were chosen on the development tasks ({chosen}); the others are for confirmation, and they decide. " if chosen else ""
 
 
 def _overall_cells(row):
@@ -341,14 +345,14 @@ def _overall_cells(row):
         gap = Cell(f"{row['worst_gap']:.1f}", "", row["worst_gap_task"])
     time = "–" if not row["train_seconds"] else _number(row["time_of_pt"], 2, "–")
     return {
-        "method": Cell(row["method"]), "trainable parameters": Cell(_size(row)), "multiple of l·d": Cell(_multiple(row["multiple"])),
+        "method": Cell(row["method"]), "trainable parameters": Cell(_size(row)), "× l·d": Cell(_multiple(row["multiple"])),
         "mean score": Cell(_number(row["score"]), "", around),
-        **{f"{part} tasks": Cell(_number(row[part], 1, "–")) for part in ("confirmation", "development") if part in row},
+        **{part: Cell(_number(row[part], 1, "–")) for part in ("confirmation", "development") if part in row},
         "rank": place, "worst gap": gap, "training time, pt = 1": Cell(time),
         "at the floor": Cell(str(row["near_floor"])), "runs missing": Cell(str(row["missing"])),
     }
 
-
+# %% ../../nbs/report/62_tables.ipynb #61601340
 def budget_table(
     table: ScoreTable,
 ) -> Table | None:  # None where fewer than two compared methods are within it
@@ -416,7 +420,7 @@ def rates_table(
     "What the search has chosen for each method, with a mark where a rate lies at an end of its range."
     configs = zip(table.runs["method"], table.runs["config"])
     found = {m: own["chosen"] for m, config in configs if (own := (config or {}).get("search")) and own.get("chosen")}
-    search = searched(table.profile)
+    search = table.search or Search()
     methods, names = [m for m in table.methods if m in found], list(dict.fromkeys(name for chosen in found.values() for name in chosen))
     if not methods or not search.tasks:
         return None
