@@ -97,7 +97,7 @@ class MultitaskConfig:
 
     tasks: tuple[str, ...] = tuple(WORDINGS)
     rank: int = 32  # of the update of each query and value layer
-    steps: int = 3000  # optimizer steps
+    steps: int = 4000  # optimizer steps
     batch_size: int = 16  # rows in a step
     learning_rate: float = 1e-3
     warmup_steps: int = 100
