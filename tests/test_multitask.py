@@ -31,10 +31,9 @@ def test_the_mixture_speaks_otherwise_than_prompts(name):
 @update
 def test_the_update_says_what_it_has_met():
     record = json.loads((UPDATE / "training.json").read_text())
-    assert (
-        list(record["rows"]) == list(record["update"]["tasks"])
-        and MultitaskConfig(**{k: tuple(v) if k == "tasks" else v for k, v in record["update"].items()}) == MultitaskConfig()
-    )
+    chosen = record["update"]
+    assert list(record["rows"]) == list(chosen["tasks"])
+    assert MultitaskConfig(**{**chosen, "tasks": tuple(chosen["tasks"])}) == MultitaskConfig()
     assert json.loads((UPDATE / "adapter_config.json").read_text())["peft_type"] == "LORA"
 
 
