@@ -64,7 +64,8 @@ def contrast_table(
     chosen = found["contrast"].str.contains("secondary").any()
     caption = (
         f"`{table.proposed}` minus the other method, in points, over the tasks and seeds that both have, with a 95 % bootstrap interval: "
-        "tasks as they are, seeds and test examples drawn. p: two-sided, of the same draws, uncorrected. Detectable: the difference that would have been found at the 5 % level with a power of 80 %, which is 2.8 standard errors, "
+        "tasks as they are, seeds and test examples drawn. p: two-sided, of the same draws, uncorrected. "
+        "Detectable: the difference that would have been found at the 5 % level with a power of 80 %, which is 2.8 standard errors, "
         "the standard deviation of the draws. Primary: named beforehand. "
         + ("Secondary: against the best other method within the prompt's budget by mean score; that it is chosen by the same scores favours it." if chosen else "")
     )
