@@ -238,7 +238,7 @@ def runs_table(
     shown = lambda there, whole: Cell(f"{there} of {whole}" if there < whole else f"{there}")
     rows = [[Cell(m), *(shown(int(n), seeds) for n in count.loc[m]), shown(int(count.loc[m].sum()), seeds * len(table.tasks))] for m in table.methods]
     caption = f"Runs that there are, of {counted(seeds, 'seed')} for each method and task. {averaged(table)} A difference is over all tasks and seeds that two methods have."
-    return Table("runs", ["method", *table.tasks, "all"], rows, caption)
+    return Table("coverage", ["method", *table.tasks, "all"], rows, caption)
 
 # %% ../../nbs/report/62_tables.ipynb #10e23bee
 def timing(
