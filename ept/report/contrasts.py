@@ -61,12 +61,12 @@ def contrast_table(
          Cell(f"{row['difference']:+.1f}", "", around(row)), Cell(p(row["p"])), Cell(number(row["detectable"], ".1f"))]
         for row in found.to_dict("records")
     ]
-    second = found["contrast"].str.contains("secondary").any()
+    chosen = found["contrast"].str.contains("secondary").any()
     caption = (
-        f"`{table.proposed}` minus the other method, in points, over the tasks and seeds that both have, with a 95 % bootstrap interval:"
-        " tasks as they are, seeds and test examples drawn. "
-        "p: two-sided, of the same draws, uncorrected. Detectable: the difference that would have been found at the 5 % level with a power of 80 %, which is 2.8 standard errors, "
+        f"`{table.proposed}` minus the other method, in points, over the tasks and seeds that both have, with a 95 % bootstrap interval: "
+        "tasks as they are, seeds and test examples drawn. p: two-sided, of the same draws, uncorrected. "
+        "Detectable: the difference that would have been found at the 5 % level with a power of 80 %, which is 2.8 standard errors, "
         "the standard deviation of the draws. Primary: named beforehand. "
-        + ("Secondary: against the best other method within the prompt's budget by mean score; that it is chosen by the same scores favours it." if second else "")
+        + ("Secondary: against the best other method within the prompt's budget by mean score; that it is chosen by the same scores favours it." if chosen else "")
     )
     return Table("contrasts", ["contrast", "against", "over", "tasks", "runs", "points", "p", "detectable"], rows, caption.strip(), texts=3)

@@ -161,8 +161,8 @@ def describe_speed(
     "Alternative text: where the fastest method and the proposed one are at half of the steps, and how many runs get where the target ends."
     found, (_, target) = speed(table), progress(table)
     best = found["half"].idxmax() if found["half"].notna().any() else found["whole"].idxmax()
-    half, whole = (lambda m, share=share: f"{found[share][m]:.1f}" for share in ("half", "whole"))
-    said = lambda m: f"{m} is at {half(m)} after half of the steps and at {whole(m)} at the end" if found["half"][m] > 0 else f"{m} ends at {whole(m)}"
+    half = {m: "" if math.isnan(score) else f"is at {score:.1f} after half of the steps and " for m, score in found["half"].items()}
+    said = lambda m: f"{m} {half[m]}ends at {found['whole'][m]:.1f}"
     text = f"Mean validation scores of {counted(len(found), 'method')} by step, the best so far: {said(best)}"
     own = table.proposed if table.proposed in found.index else best
     text += f"; {said(own)}." if own != best else "."

@@ -57,11 +57,10 @@ def speed(
     "Mean validation scores at shares of the steps, second-half gain, area, and the steps to each target: median, share of runs that get there."
     runs, pairs = learned(table), [(task, seed) for task, seeds in table.pairs().items() for seed in seeds]
     rows = {}
-    for method, found in runs.groupby("method", sort=False) if len(runs) else ():
-        indexed = found.set_index(["task", "seed"])
-        if not pairs or not set(pairs) <= set(indexed.index):
+    for method, own in runs.set_index(["task", "seed"]).groupby("method", sort=False) if len(runs) else ():
+        if not pairs or not set(pairs) <= set(own.index):
             continue
-        part = indexed.loc[pairs]
+        part = own.loc[pairs]
         mean = part[[*SHARES, "area"]].groupby("task").mean().mean(skipna=False)
         row = {**mean, "gain": mean["whole"] - mean["half"], "runs": len(part)}
         for target in TARGETS:
@@ -124,9 +123,8 @@ def speed_table(
     ]
     caption = (
         f"Validation scores in percent, the best so far, means over tasks and seeds. {averaged(table)} Second half: what the steps after the first half add. "
-        "Area: mean of the curve over the steps from the first validation on. Steps to a method: median over runs until the validation score that it ends with"
-        " on the same task and seed "
-        "is reached, in brackets the share of runs that reach it; no median where fewer than half do. – not validated by then."
+        "Area: mean of the curve over the steps from the first validation on. Steps to a method: median over runs until the validation score that it ends with on the same task "
+        "and seed is reached, in brackets the share of runs that reach it; no median where fewer than half do. – not validated by then."
     )
     columns = ["method", "a quarter of the steps", "a half", "all", "second half", "area", *(f"steps to {t}" for t in targets)]
     return Table("speed", columns, rows, caption)
@@ -139,16 +137,15 @@ def ahead_table(
     found = ahead(table)
     if found.empty or found["difference"].isna().all():
         return None
-    between = lambda row: "" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
-    cell = lambda row: Cell("–") if math.isnan(row["difference"]) else Cell(f"{row['difference']:+.1f}", "", between(row))
+    around = lambda row: "" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}"
+    cell = lambda row: Cell("–") if math.isnan(row["difference"]) else Cell(f"{row['difference']:+.1f}", "", around(row))
     by = {(row["against"], row["share"]): row for row in found.to_dict("records")}
     targets = list(dict.fromkeys(found["against"]))
     rows = [[Cell(t), Cell(str(by[t, "whole"]["tasks"])), Cell(str(by[t, "whole"]["runs"])), *(cell(by[t, share]) for share in SHARES)] for t in targets]
     kind = "confirmation tasks" if table.parts else "tasks"
     caption = (
-        f"`{table.proposed}` minus the other on validation, points, the best score so far, a mean over the {kind} and the seeds that both have."
-        " In brackets a 95 % bootstrap interval "
-        "over seeds alone, so it is of these validation rows; with one seed there is none."
+        f"`{table.proposed}` minus the other on validation, points, the best score so far, a mean over the {kind} and the seeds that both have. In brackets a 95 % "
+        "bootstrap interval over seeds alone, so it is of these validation rows; with one seed there is none."
     )
     return Table("ahead", ["against", "tasks", "runs", "a quarter of the steps", "a half", "all"], rows, caption)
 

@@ -182,8 +182,8 @@ def _speed(table):
         step, share = found.loc[table.proposed, [f"to_{target}", f"reach_{target}"]]
         text += f" Where `{target}` ends, {100 * share:.0f} % of the runs of `{table.proposed}` arrive" + ("." if math.isnan(step) else f", after {step:.0f} steps in the median.")
     late = found.loc[shown, "gain"].loc[lambda gain: gain > LEVELLED]
-    named = ", ".join(f"`{m}` ({v:+.1f})" for m, v in late.items())
-    return text + (f" The second half still added more than a point to {named}: where they would end is open." if named else "")
+    said = ", ".join(f"`{m}` ({gain:+.1f})" for m, gain in late.items())
+    return text + (f" The second half still added more than a point to {said}: where they would end is open." if said else "")
 
 
 def _modules(table):
@@ -251,16 +251,15 @@ def findings(
 
 # %% ../../nbs/report/64_page.ipynb #119682cb
 _INTERVALS = (
-    f"Percentile bootstrap, {DRAWS:,} draws, tasks as they are. A draw of a task takes S - 1 of its S seeds with replacement, and one set of test examples"
-    " for all runs of the task; "
-    "rows of one question are drawn together. Where every draw gives the same accuracy, Wilson's interval. With one seed nothing is known of"
-    " the training's own spread, and intervals are of the examples alone."
+    f"Percentile bootstrap, {DRAWS:,} draws, tasks as they are. A draw of a task takes S - 1 of its S seeds with replacement, and one set of test examples for all its runs; "
+    "rows of one question are drawn together. Where every draw gives the same accuracy, Wilson's interval. With one seed nothing is known of the training's own spread, "
+    "and intervals are of the examples alone."
 )
 _TESTS = (
     "Two-sided. Bootstrap over seeds and test examples, paired by both; Wilcoxon's signed-rank test over tasks and seeds and over tasks. "
     "Holm's correction within comparison methods, ablations and reference; the primary and the secondary contrast are two, and uncorrected. "
-    "Detectable: 2.8 standard errors, the size that is found at the 5 % level with a power of 80 %. A tie is a difference whose paired interval holds zero,"
-    " or that rests on fewer than six test examples answered differently."
+    "Detectable: 2.8 standard errors, the size that is found at the 5 % level with a power of 80 %. "
+    "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."
 )
 
 
@@ -275,10 +274,8 @@ def protocol(
     found += [("Exceptions", "; ".join(f"{name}: {shown(values)}" for name, values in own.items()) + ".")] if own else []
     search, rates = table.search, "Used as they stand; none was searched."
     if search and search.tasks:
-        rates = (
-            f"Chosen on {', '.join(search.tasks)}{f' in profile {p.search.origin}' if p.search.origin else ''} by {counted(search.trials, 'trial')} for each method,"
-            " each rate by itself, with its sizes; the best mean validation score decides, for all tasks and seeds."
-        )
+        rates = f"Chosen on {', '.join(search.tasks)}{f' in profile {p.search.origin}' if p.search.origin else ''} by {counted(search.trials, 'trial')} for each method, "
+        rates += "each rate by itself, with its sizes; the best mean validation score decides, for all tasks and seeds."
     found += [
         ("Rates and sizes", rates),
         ("Selection", "The checkpoint with the best validation score is kept; the test split is read once, after training."),
@@ -323,9 +320,8 @@ FIGURES = {  # name -> heading, caption, what draws it
     "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves),
     "inside": (
         "Inside",
-        ("Median over runs at each validation, with the quartiles of {proposed}. Sizes are beside the short prompt's root mean square;"
-         " their scale is logarithmic above one per cent. "
-         "Reach: the sum of the learning rates so far, the farthest that AdamW can have moved a number."),
+        ("Median over runs at each validation, with the quartiles of {proposed}. Sizes are beside the short prompt's root mean square; their scale is logarithmic above "
+         "one per cent. Reach: the sum of the learning rates so far, the farthest that AdamW can have moved a number."),
         plot_inside,
     ),
     "gates": ("Gate weights", "Weight of each space for each prompt token of {proposed}, task by task (first seed): light is little, dark is much.", plot_gates),
@@ -384,8 +380,8 @@ def render(
 def _frames(table):
     "The numbers behind contrasts and learning; every run with its validation scores, and whether its modules moved."
     runs = learned(table)
-    learning = speed(table).rename_axis("method").reset_index()
-    found = {"contrasts": contrasts(table), "speed": learning, "ahead": ahead(table), "runs": runs.drop(columns=runs.filter(like="has_").columns)}
+    found = {"contrasts": contrasts(table), "speed": speed(table).rename_axis("method").reset_index(), "ahead": ahead(table)}
+    found["runs"] = runs.drop(columns=runs.filter(like="has_").columns)
     return {name: frame for name, frame in found.items() if len(frame)}
 
 

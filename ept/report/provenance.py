@@ -64,7 +64,7 @@ def provenance(
 ) -> list[tuple[str, str]]:  # what, and its value as text
     "Command, records, code, backbone, packages and hardware of a report."
     there = _records(table)
-    formats = sorted({str(r["format_version"]) for r in there if r.get("format_version")})
+    formats = sorted({f"{r['format_version']:.0f}" for r in there if r.get("format_version")})
     code = [f"{name} {versions}" for stage, name in STAGES.items() if (versions := _versions(there, stage))]
     hardware = [f"{name}, {counted(count, 'run')}" if len(table.machines) > 1 else name for name, count in table.machines.items()]
     return [
@@ -96,7 +96,7 @@ def _earlier(table, there):
     if not old:
         return ""
     blind = any(not {"fingerprint", "revision"} & {name for name, value in (r.get("backbone") or {}).items() if value} for r in old)
-    formats = _tally(str(r["format_version"]) for r in old)
+    formats = _tally(f"{r['format_version']:.0f}" for r in old)
     text = f"{_part(len(old), len(there))} were made by an earlier version of the code: their format is {formats}, today's is {FORMAT}."
     return text + (" They do not say which weights the backbone had; it may have been another one than today's." if blind else "")
 

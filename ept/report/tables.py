@@ -215,12 +215,9 @@ def averaged(
     table: ScoreTable,
 ) -> str:
     "Over which tasks and seeds means and ranks are, in a sentence."
-    pairs, tasks, seeds = table.pairs(), len(table.tasks), len(table.seeds)
-    count, later = sum(map(len, pairs.values())), [m for m in table.contenders if m not in table.compared]
-    text = (
-        f"Means and ranks are over the {count} of {tasks * seeds} pairs of a task and a seed that all {len(table.compared)} compared methods have,"
-        f" on {counted(len(pairs), 'task')}."
-    )
+    pairs, tasks, seeds, compared = table.pairs(), len(table.tasks), len(table.seeds), table.compared
+    count, later = sum(map(len, pairs.values())), [m for m in table.contenders if m not in compared]
+    text = f"Means and ranks are over the {count} of {tasks * seeds} pairs of a task and a seed that all {len(compared)} compared methods have, on {counted(len(pairs), 'task')}."
     if count == tasks * seeds:
         text = f"Means are over {counted(tasks, 'task')}" + (f", {seeds} seeds each." if seeds > 1 else ".")
     return text + (f" Not yet compared, for they have fewer than half the runs of the fullest: {', '.join(later)}." if later else "")
@@ -240,11 +237,8 @@ def runs_table(
     seeds, count = len(table.seeds), table.cells.pivot(index="method", columns="task", values="seeds").reindex(table.methods, columns=table.tasks)
     shown = lambda there, whole: Cell(f"{there} of {whole}" if there < whole else f"{there}")
     rows = [[Cell(m), *(shown(int(n), seeds) for n in count.loc[m]), shown(int(count.loc[m].sum()), seeds * len(table.tasks))] for m in table.methods]
-    caption = (
-        f"Runs that there are, of {counted(seeds, 'seed')} for each method and task. {averaged(table)}"
-        " A difference of two methods is over all tasks and seeds that both have."
-    )
-    return Table("runs", ["method", *table.tasks, "all"], rows, caption)
+    caption = f"Runs that there are, of {counted(seeds, 'seed')} for each method and task. {averaged(table)} A difference is over all tasks and seeds that two methods have."
+    return Table("coverage", ["method", *table.tasks, "all"], rows, caption)
 
 # %% ../../nbs/report/62_tables.ipynb #10e23bee
 def timing(
@@ -269,8 +263,8 @@ def score_table(
         rows[-1] += [Cell(_number(beside.get(task, math.nan), 2, ""))] if beside else []
     majority = table.cells.groupby("task")["majority_score"].max()
     last = [Cell()] if beside else []
-    scores = [Cell(_number(overall.loc[m, "score"])) for m in table.methods]
-    rows.append([Cell(_mean_head(table)), Cell(), Cell(), Cell(_number(majority.reindex(table.common).mean())), *scores, *last])
+    means = [majority.reindex(table.common).mean(), *overall.loc[table.methods, "score"]]
+    rows.append([Cell(_mean_head(table)), Cell(), Cell(), *(Cell(_number(mean)) for mean in means), *last])
     rows.append([Cell("trainable parameters"), Cell(), Cell(), Cell(), *(Cell(_size(overall.loc[m])) for m in table.methods), *last])
     rows.append([Cell("× l·d"), Cell(), Cell(), Cell(), *(Cell(_multiple(overall.loc[m, "multiple"])) for m in table.methods), *last])
     time = ["–" if not overall.loc[m, "train_seconds"] else _number(overall.loc[m, "time_of_pt"], 2, "–") for m in table.methods]
@@ -409,8 +403,8 @@ def _comparison_row(row, several):
     name = Cell(row["method"], small="" if row["role"] == "comparison" else row["role"])
     points = Cell(f"{row['difference']:+.1f}", "", "" if math.isnan(row["low"]) else f"{row['low']:+.1f} to {row['high']:+.1f}")
     tests = [_p(row["bootstrap_holm"]), *([_p(row["wilcoxon_holm"])] if several else []), _p(row["wilcoxon_tasks_holm"])]
-    won = f"{row['wins']} / {row['ties']} / {row['losses']}"
-    return [name, Cell(str(row["tasks"])), Cell(str(row["pairs"])), points, Cell(_number(row["detectable"], 1, "–")), Cell(won), *tests]
+    outcomes, least = f"{row['wins']} / {row['ties']} / {row['losses']}", _number(row["detectable"], 1, "–")
+    return [name, Cell(str(row["tasks"])), Cell(str(row["pairs"])), points, Cell(least), Cell(outcomes), *tests]
 
 # %% ../../nbs/report/62_tables.ipynb #17878f84
 EDGE = 0.1  # of a range, on its logarithmic scale; a rate this close to an end is marked
