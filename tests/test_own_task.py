@@ -251,7 +251,7 @@ def test_a_profile_that_cannot_take_the_tasks_is_not_made(clone):
     full = {**PARAMETERS, "grid": {"methods": ["pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]}}
     clone.write(full)
     answer = clone.call("nbs/pipelines/layout.py", "--new", "other", "--from", "embedded", "--tasks", "mine/reviews.yaml", fails=True)
-    assert "a source task is a task of the grid" in answer and "begin with another profile" in answer
+    assert "task 'cola' is one of the benchmarks" in answer and "begin with another profile" in answer
     answer = clone.call("nbs/pipelines/layout.py", "--new", "other", "--from", "embedded", "--tasks", "mine/nowhere.yaml", fails=True)
     assert "there is no task file" in answer and "mine/nowhere.yaml" in answer
     assert not (clone.root / "profiles" / "other").exists()

@@ -194,7 +194,7 @@ class Profile:
 # %% ../../nbs/grid/50_profiles.ipynb #be7835c3
 def _check_source(profile):
     "Refuse a source of rows that is not that of the tasks."
-    named = [t for t in profile.grid.tasks if t not in profile.own]
+    named = [t for t in profile.prepared if t not in profile.own]
     if profile.data.source == "own" and named:
         raise ValueError(
             f"data.source is 'own', and task {named[0]!r} is one of the benchmarks; choose embedded (made up) or benchmark (real rows),"

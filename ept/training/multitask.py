@@ -133,7 +133,7 @@ def hold_out(
         train[name] = shuffled.select(range(config.validation_rows, min(len(shuffled), config.validation_rows + config.most_rows)))
     return train, validation
 
-
+# %% ../../nbs/training/48_multitask.ipynb #48mix002
 def mixture(
     rows: Mapping[str, Dataset],  # to train on
     config: MultitaskConfig,
@@ -201,16 +201,18 @@ class _Mixture:
         "A hash of all that is trained on."
         return hashlib.sha256(json.dumps(self.features).encode()).hexdigest()
 
-    def validate(self, model):
-        "How likely the right words of the held-out rows are, and the accuracy on each task, both in percent."
-        found, likely, tokenizer = {}, [], self.backbone.tokenizer
-        for name, rows in self.held_out.items():
-            encoder = Encoder(wordings(name)[0], tokenizer, "question", self.update.max_length)
-            ranked = rank_labels(model, encoder.encode(rows), encoder.candidates, tokenizer.pad_token_id).log_softmax(-1)
-            right = torch.tensor([number_of(name, label) for label in rows["label"]])
-            likely.append(ranked.gather(1, right[:, None]).mean().item())
-            found[name] = 100 * (ranked.argmax(-1) == right).float().mean().item()
-        return {"score": 100 * math.exp(sum(likely) / len(likely)), **found}
+# %% ../../nbs/training/48_multitask.ipynb #48val001
+@patch
+def validate(self: _Mixture, model):
+    "How likely the right words of the held-out rows are, and the accuracy on each task, both in percent."
+    found, likely, tokenizer = {}, [], self.backbone.tokenizer
+    for name, rows in self.held_out.items():
+        encoder = Encoder(wordings(name)[0], tokenizer, "question", self.update.max_length)
+        ranked = rank_labels(model, encoder.encode(rows), encoder.candidates, tokenizer.pad_token_id).log_softmax(-1)
+        right = torch.tensor([number_of(name, label) for label in rows["label"]])
+        likely.append(ranked.gather(1, right[:, None]).mean().item())
+        found[name] = 100 * (ranked.argmax(-1) == right).float().mean().item()
+    return {"score": 100 * math.exp(sum(likely) / len(likely)), **found}
 
 # %% ../../nbs/training/48_multitask.ipynb #358f14fd
 @patch(as_prop=True)

@@ -157,7 +157,7 @@ def new_profile(name, origin, tasks=()):
         write_layout(load_profile(file))
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, ValueError) and "grid." in str(error) and tasks:
+        if isinstance(error, ValueError) and re.search(r"grid\.|data\.source", str(error)) and tasks:
             raise ValueError(f"{error}. The grid of {origin!r} needs its own tasks; begin with another profile, or without tasks, and edit params.yaml") from error
         raise
     return file
