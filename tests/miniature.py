@@ -15,7 +15,7 @@ from tests.conftest import byte_tokenizer, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-CACHES = shutil.ignore_patterns(".git", ".venv", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
+CACHES = shutil.ignore_patterns(".git", ".venv", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info", "updates")
 LEFT_OUT = {"runs", "results", "data", "backbone", "tasks", "profiles", "bench"}  # of the root; ept/data is code
 
 PARAMETERS = {

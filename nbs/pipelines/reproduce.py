@@ -136,7 +136,7 @@ def main(arguments=None):
     if strange := [name for name in missing if not tracked(name)]:
         print(f"error: {os.path.relpath(profile.file)} names the folder {strange[0]!r}, and there is none in the repository; bring it there, or mend the name", file=sys.stderr)
         return 1
-    if missing and (failed := subprocess.run([*DVC, "pull", "-q", *map(tracked, missing)], cwd=ROOT, env=environment).returncode):
+    if missing and (failed := subprocess.run([*DVC, "pull", "-q"], cwd=ROOT, env=environment).returncode):  # a few megabytes, from the clone's own store
         return failed
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this process ends its jobs
     with Progress(profile) as progress:
