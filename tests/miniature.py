@@ -15,8 +15,8 @@ from tests.conftest import byte_tokenizer, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-CACHES = shutil.ignore_patterns(".git", ".venv", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info", "updates")
-LEFT_OUT = {"runs", "results", "data", "backbone", "tasks", "profiles", "bench"}  # of the root; ept/data is code
+CACHES = shutil.ignore_patterns(".git", ".venv", "cache", "tmp", "__pycache__", ".ipynb_checkpoints", "dvc.lock", "*.egg-info")
+LEFT_OUT = {"runs", "results", "data", "backbone", "tasks", "profiles", "bench", "updates"}  # of the root; ept/data is code
 
 PARAMETERS = {
     "profile": "embedded",
