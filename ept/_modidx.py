@@ -603,6 +603,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'ept/prompt/network.py'),
                                     'ept.prompt.network.AdeptConfig.resolve': ( 'prompt/network.html#adeptconfig.resolve',
                                                                                 'ept/prompt/network.py'),
+                                    'ept.prompt.network.network_size': ('prompt/network.html#network_size', 'ept/prompt/network.py'),
                                     'ept.prompt.network.token_network': ('prompt/network.html#token_network', 'ept/prompt/network.py')},
             'ept.prompt.nonlinear': { 'ept.prompt.nonlinear.NonlinearProjection': ( 'prompt/nonlinear.html#nonlinearprojection',
                                                                                     'ept/prompt/nonlinear.py'),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .registry import Method, register
 from ..prompt.base import Prompt
-from ..prompt.network import AdeptConfig, token_network
+from ..prompt.network import AdeptConfig, network_size, token_network
 from ..prompt.soft import EPTConfig
 
 # %% ../../nbs/methods/39a_adept.ipynb #f47dcde9
@@ -45,8 +45,7 @@ class AdeptPrompt(Prompt):
     @classmethod
     def num_parameters(cls, config: EPTConfig, extra: AdeptConfig, width: int) -> int:
         "Trainable parameters: `m*d + 2*d*r + r + d`."
-        rank = extra.resolve(config, width).adept_rank
-        return config.short_length * width + 2 * width * rank + rank + width
+        return config.short_length * width + network_size(width, extra.resolve(config, width).adept_rank)
 
 # %% ../../nbs/methods/39a_adept.ipynb #28852aac
 @patch

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .registry import Method, register
-from ..prompt.network import AdeptConfig, token_network
+from ..prompt.network import AdeptConfig, network_size, token_network
 from ..prompt.soft import EPTConfig, SoftPrompt
 
 # %% ../../nbs/methods/39b_ept_token.ipynb #39btok06
@@ -42,8 +42,7 @@ class TokenPrompt(SoftPrompt):
     @classmethod
     def num_parameters(cls, config: EPTConfig, extra: AdeptConfig, width: int) -> int:
         "Trainable parameters: `m*d + 2*d*r + r + d` and those of fusion and projection."
-        rank = extra.resolve(config, width).adept_rank
-        return config.num_parameters(width) + 2 * width * rank + rank + width
+        return config.num_parameters(width) + network_size(width, extra.resolve(config, width).adept_rank)
 
 # %% ../../nbs/methods/39b_ept_token.ipynb #39btok07
 @patch
