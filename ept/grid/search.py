@@ -26,6 +26,7 @@ from ..methods.catalogue import module_of
 from ..methods.registry import build_method, get_method
 from ..model.backbone import Backbone, fingerprint
 from ..training.config import RATES, NonFiniteLoss, TrainingConfig
+from ..training.curves import area_under
 from ..training.training import train
 from ..utils.files import write_json
 from ..utils.fingerprints import code_version
@@ -126,13 +127,13 @@ def shorten(
     training: TrainingConfig,
     steps: int,
 ) -> TrainingConfig:
-    "The same training in another number of steps: warm-up in proportion, validated at its end at the latest."
-    warmup = training.warmup_steps * steps // training.steps
-    return dataclasses.replace(training, steps=steps, evaluate_every=min(training.evaluate_every, steps), warmup_steps=warmup)
+    "The same training in another number of steps: warm-up in proportion, and as many validations."
+    scaled = {name: getattr(training, name) * steps // training.steps for name in ("warmup_steps", "evaluate_every")}
+    return dataclasses.replace(training, steps=steps, **scaled | {"evaluate_every": max(1, scaled["evaluate_every"])})
 
 # %% ../../nbs/grid/54b_search.ipynb #84eea587
 def _train(plan, backbone, folder):
-    "The validation score of one training of a trial, percent; None where its loss is not finite."
+    "The area under the validation curve of one training of a trial, percent; None where its loss is not finite."
     file, (training, sizes), search = folder / f"{plan.key}.json", resolve(plan), plan.profile.search
     if file.exists():
         return json.loads(file.read_text())["score"]
@@ -140,7 +141,8 @@ def _train(plan, backbone, folder):
     places = {"output_dir": folder / f"{plan.key}-adapter", "checkpoint_dir": folder / plan.key, "source_prompts": source_folders(plan)}
     options = {"training": shorten(training, search.steps), "sizes": sizes, "workers": load_settings().workers, "progress": False}
     try:
-        score = train(plan.profile.task(plan.task), plan.method, plan.seed, backbone, rows, **options, **places).validation_score
+        run = train(plan.profile.task(plan.task), plan.method, plan.seed, backbone, rows, **options, **places)
+        score = round(area_under(run.history, search.steps), 4)
     except NonFiniteLoss:
         score = None
     write_json(file, {"score": score})
@@ -238,7 +240,7 @@ def trials_table(
 def plot_trials(
     record: dict,  # of `search_method`
 ) -> "Figure":  # a panel for each rate and size; crosses broke, a ring is around what was chosen
-    "Mean validation score against each value that was searched."
+    "The score of the trials against each value that was searched."
     from matplotlib.figure import Figure
 
     space, trials = record["space"], record["trials"]
@@ -257,5 +259,5 @@ def plot_trials(
             panel.set(xscale="log", xlim=(allowed[0] / 1.2, allowed[1] * 1.2))
         else:
             panel.set_xticks(allowed)
-    panels[0].set(ylabel="mean validation score")
+    panels[0].set(ylabel="area under the validation curve, mean")
     return figure

@@ -275,7 +275,7 @@ def protocol(
     search, rates = table.search, "Used as they stand; none was searched."
     if search and search.tasks:
         rates = f"Chosen on {', '.join(search.tasks)}{f' in profile {p.search.origin}' if p.search.origin else ''} by {counted(search.trials, 'trial')} for each method, "
-        rates += "each rate by itself, with its sizes; the best mean validation score decides, for all tasks and seeds."
+        rates += "each rate by itself, with its sizes; the best mean area under the validation curve decides, for all tasks and seeds."
     found += [
         ("Rates and sizes", rates),
         ("Selection", "The checkpoint with the best validation score is kept; the test split is read once, after training."),

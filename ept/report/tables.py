@@ -433,7 +433,7 @@ def rates_table(
     listed = [(m, name, ", ".join(map(str, sorted(values)))) for m, own in search.sizes.items() if m in found for name, values in own.items()]
     sizes = "; ".join(f"{m} {name.replace('_', ' ')} {values}" for m, name, values in listed)
     caption = (
-        f"Chosen for all tasks in {search.trials} trials of {search.steps} steps for each method, by the mean validation score on {', '.join(search.tasks)} "
+        f"Chosen for all tasks in {search.trials} trials of {search.steps} steps for each method, by the mean area under the validation curve on {', '.join(search.tasks)} "
         f"(seed{'s' if len(search.seeds) > 1 else ''} {', '.join(map(str, search.seeds))}); each rate by itself, on a logarithmic scale: {ranges}. "
         + (f"Sizes to choose from: {sizes}. " if sizes else "")
         + "At an end: within a tenth of the range of one of its ends."
