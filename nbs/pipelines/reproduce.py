@@ -1,107 +1,83 @@
-"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile smollm2 --jobs 2`.
+"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile smollm2`.
 
-`dvc repro` in the profile's folder does the same, one stage after another. Here the runs are dealt out to several processes, each
-with an explicit list of stages (`--single-item`: DVC locks what a stage writes, and two processes that both look after the
-backbone would collide), waiting for each other's lock on the repository. Where a job has failed, an ordinary `dvc repro` goes
-over everything once more. What the stages print goes to runs/logs; on the terminal is a line for each finished run.
+`dvc repro` in the profile's folder does the same, one stage after another. Here the stages go to workers, as many at a time as the
+section [cluster] of settings.ini says, on this machine or on others; see ept.workflow. What they print goes to runs/logs; on the
+terminal is a line for each finished run.
 """
 
 import argparse
+import csv
+import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import tempfile
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-DVC = [sys.executable, "-m", "dvc"]
-ROUNDS = ("sources", "shared", "searches", "runs")  # see `targets`; they name the jobs and their logs
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from dvc.exceptions import DvcException  # noqa: E402
+
+from ept.grid.profiles import load_profile, profile_files  # noqa: E402
+from ept.utils.checking import unknown  # noqa: E402
+from ept.workflow.clusters import BATCH, Cluster  # noqa: E402
+from ept.workflow.progress import Progress, duration  # noqa: E402
+from ept.workflow.scheduling import Summary, reproduce  # noqa: E402
+from ept.workflow.stages import Stages, only_coordinator  # noqa: E402
+from ept.workflow.workers import Setup  # noqa: E402
+from layout import write_layout  # noqa: E402
+
+AROUND = 2.0  # seconds of a stage beside its training
 
 
-def targets(profile):
-    """Names of the stages: those that come first, then four rounds of blocks that may run side by side.
-
-    The first round makes the prompts from which other runs start, the second what these share, the third searches, a block for each
-    method; each is empty where there is nothing to do. In the last a block is a task and a method, training and evaluation for each
-    seed, or a run of the sweep. Each block comes with a number: dealt out by it, every job gets a method on as many tasks as the
-    others, so that no job has all the slow ones.
-    """
-    from layout import searches
-
-    grid = profile.grid
-    file = lambda task: f"tasks/{task}/dvc.yaml"
-
-    def block(task, method):
-        if method in grid.references:
-            return [f"{file(task)}:reference@{method}-{seed}" for seed in grid.seeds]
-        kind = "-transfer" if method in grid.transfer else ""
-        return [f"{file(task)}:{stage}{kind}@{method}-{seed}" for seed in grid.seeds for stage in ("train", "evaluate")]
-
-    plans = profile.source_plans()
-    sources = [(i, [f"dvc.yaml:source@{plan.task}-{plan.seed}"]) for i, plan in enumerate(plans) if plan.method == "pt"]
-    shared = [(i, [f"dvc.yaml:shared@{plan.seed}"]) for i, plan in enumerate(plans) if plan.method != "pt"]
-    tried = [(f"dvc.yaml:search{suffix}@{method}", method) for suffix, methods in searches(profile).items() for method in methods]
-    likes = lambda method: [f"dvc.yaml:search-like@{other}" for other, name in profile.search.like.items() if name == method]
-    search = [(i, [stage, *likes(method)]) for i, (stage, method) in enumerate(tried)]
-    runs = [(i + j, block(task, method)) for i, task in enumerate(grid.tasks) for j, method in enumerate(grid.methods)]
-    sweep = [(i, [f"dvc.yaml:sweep@{run.task}-{run.size}-{run.seed}"]) for i, run in enumerate(profile.sweep_runs())]
-    return ["dvc.yaml:backbone", *(f"{file(task)}:prepare" for task in profile.prepared)], (sources, shared, search, [*runs, *sweep])
+# ---- what is said about the runs ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def warm(environment):
-    "Keep a process with the big libraries imported while the grid runs; its address, or None where the system cannot do that."
-    if not hasattr(os, "fork"):
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="ept-") as folder:
-        address = str(Path(folder) / "warm")
-        command = [sys.executable, str(Path(__file__).with_name("warm.py")), address]
-        with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE) as process:
-            try:
-                yield address
-            finally:
-                process.stdin.close()
+class Runs:
+    "The runs of a profile, as its stages make them."
+
+    def __init__(self, profile):
+        self.folder = profile.file.parent
+        self.runs = {run.key: run for run in (*profile.runs(), *profile.sweep_runs())}
+        self.swept = {f"{run.task}-{run.size}-{run.seed}": run.key for run in profile.sweep_runs()}  # as their stages are called
+
+    def key_of(self, stage, kinds):
+        "The run to which a stage belongs, if it is of one of these kinds; None for others."
+        found = re.fullmatch(r"(?:tasks/([\w.-]+)/dvc\.yaml:)?(\w+)(?:-transfer)?@([\w.-]+)", stage)
+        if not found or found[2] not in kinds:
+            return None
+        return self.swept.get(found[3]) if found[2] == "sweep" else f"{found[1]}-{found[3]}"
+
+    def describe(self, stage, made):
+        "What a run has found, when its last stage has ended; None for other stages, and for what was up to date before."
+        key = self.key_of(stage, ("evaluate", "reference", "sweep"))
+        record = self.folder / "results" / "scores" / f"{key}.json"
+        took = sum(seconds for other, seconds in made.items() if self.key_of(other, ("train", "evaluate", "reference", "sweep")) == key)
+        if key not in self.runs or not took or not record.exists():
+            return None
+        values, size = json.loads(record.read_text()), self.runs[key].size
+        return f"{values['method']} {values['task']}{f' {size}' if size else ''} {values['score']:.1f} (majority {values['majority_score']:.1f}) {took:.0f} s"
+
+    def expected(self):
+        "Seconds that a stage will take: what this training took last time, or one like it."
+        file = self.folder / "results" / "costs.csv"
+        rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
+        took = {"-".join(filter(None, (r["task"], r["method"], r["seed"], r["size"]))): float(r["train_seconds"] or 0) for r in rows}
+        usual = sum(took.values()) / len(took) if took else AROUND
+        return lambda stage: AROUND + (took.get(key, usual) if (key := self.key_of(stage, ("train", "sweep"))) else 0.0)
+
+    def committed(self):
+        "How many scores equal those of the last commit, and how many there are to compare with."
+        files = [self.folder / "results" / "scores" / f"{key}.json" for key in self.runs]
+        old = [subprocess.run(["git", "show", f"HEAD:./results/scores/{file.name}"], cwd=self.folder, capture_output=True) for file in files]
+        known = [(json.loads(was.stdout)["score"], json.loads(file.read_text())["score"]) for file, was in zip(files, old) if was.returncode == 0 and file.exists()]
+        return sum(was == now for was, now in known), len(known)
 
 
-def run_grid(profile, jobs, environment, progress):
-    "Bring the grid up to date with some jobs at a time; the exit status."
-    folder, (first, rounds) = profile.file.parent, targets(profile)
-    jobs = max(1, min(jobs, len(rounds[-1])))
-    (folder / "runs" / "logs").mkdir(parents=True, exist_ok=True)
-
-    def start(name, *words):
-        command = [*DVC, "--wait-for-lock", "repro", *words]
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
-        return process, progress.watch(name, process.stdout, folder / "runs" / "logs" / f"{name}.log")
-
-    def run(*commands):
-        started = [start(*command) for command in commands]
-        try:
-            failed = [process.wait() for process, _ in started]
-            for _, thread in started:
-                thread.join()
-            return any(failed)
-        except KeyboardInterrupt:
-            for process, _ in started:
-                process.terminate()
-                process.wait()
-            raise
-
-    if run(("plan", "--single-item", "plan")):
-        return 1
-    with warm(environment) as address:
-        environment |= {"EPT_WARM": address} if address else {}
-        failed = run(("prepare", "--single-item", *first))
-        for number, blocks in enumerate(() if failed else rounds):
-            shares = [sum((stages for i, stages in blocks if i % jobs == job), []) for job in range(jobs)]
-            failed = failed or run(*((f"{ROUNDS[number]}-{job + 1}", "--single-item", *stages) for job, stages in enumerate(shares) if stages))
-        if not failed and not run(("report", "--single-item", "report")):
-            return 0
-    progress.say("a job has failed; an ordinary pass finishes the rest")
-    return int(run(("repro",)))
+# ---- the command --------------------------------------------------------------------------------------------------------
 
 
 def tracked(name):
@@ -110,43 +86,80 @@ def tracked(name):
     return next((file for file in files if (ROOT / file).is_file()), None)
 
 
+def bring(profile):
+    "Bring the folders that a profile names from the clone's own store, where they are not there; `FileNotFoundError` for one that DVC does not know."
+    missing = [name for name in (profile.data.folder, profile.backbone.folder, profile.backbone.update) if name and not (ROOT / name).exists()]
+    if strange := [name for name in missing if not tracked(name)]:
+        raise FileNotFoundError(f"{os.path.relpath(profile.file)} names the folder {strange[0]!r}, and there is none in the repository; bring it there, or mend the name")
+    if missing:
+        subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=ROOT, check=True)
+
+
+def show(stages, cluster):
+    "Print what would run, and how, without running it."
+    due = set()
+    for stage in stages:
+        if stages.needs[stage] & due or stages.changed(stage):
+            due.add(stage)
+            print(stage)
+    print(f"{len(due)} of {len(stages)} stages would run; one that turns out as it was saves those that need it")
+    if cluster.engine in BATCH:
+        print(f"\non {cluster.workers} jobs of {cluster.engine}, each with this script:\n\n{cluster.job_script()}")
+
+
+def conclude(summary, runs, took):
+    "The last lines: what was done, how it compares with what is in git, and where to look; the exit status."
+    if summary.stopped:
+        print("stopped; the same command goes on from here")
+        return 130
+    if not summary.complete:
+        print(f"not everything is up to date after {took}; the same command goes on from here")
+        return 1
+    ended = {runs.key_of(stage, ("evaluate", "reference", "sweep")) for stage in summary.made} & runs.runs.keys()
+    print(f"{len(ended)} runs made and {len(runs.runs) - len(ended)} found up to date in {took}")
+    equal, known = runs.committed()
+    if known:
+        print(f"{equal} of {known} committed scores found again{'' if equal == known else '; another processor adds in another order'}")
+    print(f"look at {os.path.relpath(runs.folder / 'results' / 'report' / 'report.html')}")
+    return 0
+
+
+def parser_of(profiles):
+    "The command line."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Where the stages run is said in the section [cluster] of settings.ini.")
+    parser.add_argument("--profile", default=next(iter(profiles)), help=f"one of: {', '.join(profiles)} (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, help="stages at a time, in place of `workers` in settings.ini")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would run, and on a cluster show the script of a job")
+    return parser
+
+
 def main(arguments=None):
     "Command line; the exit status."
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-    from ept.grid.profiles import load_profile, profile_files
-    from ept.utils.checking import unknown
-    from layout import write_layout
-    from progress import Progress
-
-    files = profile_files(ROOT)
-    parser.add_argument("--profile", default=next(iter(files)), help=f"one of: {', '.join(files)} (default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="runs of the grid at a time")
-    chosen = parser.parse_args(arguments)
+    files, start = profile_files(ROOT), time.monotonic()
+    chosen = parser_of(files).parse_args(arguments)
     try:
         if chosen.profile not in files:
             raise unknown("profile", chosen.profile, files)
         profile = load_profile(files[chosen.profile])
+        cluster = Cluster.read(ROOT / "settings.ini", **({"workers": chosen.jobs} if chosen.jobs is not None else {}))
         write_layout(profile)
-    except (ValueError, FileNotFoundError) as error:
+        bring(profile)
+        folder, runs = profile.file.parent, Runs(profile)
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` in a stage is this one
+        with only_coordinator(folder):
+            stages = Stages(folder)
+            if chosen.dry_run:
+                show(stages, cluster)
+                return 0
+            print(f"{len(runs.runs)} runs of profile {profile.profile}; what their stages print is in {os.path.relpath(folder / 'runs' / 'logs')}", flush=True)
+            setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
+            summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected()))
+    except KeyboardInterrupt:
+        summary = Summary(stopped=True)
+    except (ValueError, FileNotFoundError, RuntimeError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    missing = [name for name in (profile.data.folder, profile.backbone.folder, profile.backbone.update) if name and not (ROOT / name).exists()]
-    if strange := [name for name in missing if not tracked(name)]:
-        print(f"error: {os.path.relpath(profile.file)} names the folder {strange[0]!r}, and there is none in the repository; bring it there, or mend the name", file=sys.stderr)
-        return 1
-    if missing and (failed := subprocess.run([*DVC, "pull", "-q"], cwd=ROOT, env=environment).returncode):  # a few megabytes, from the clone's own store
-        return failed
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends this process ends its jobs
-    with Progress(profile) as progress:
-        try:
-            status = run_grid(profile, chosen.jobs, environment, progress)
-        except KeyboardInterrupt:
-            progress.say("stopped; the same command goes on from here")
-            return 130
-        progress.conclude(status)
-    return status
+    return conclude(summary, runs, duration(time.monotonic() - start))
 
 
 if __name__ == "__main__":

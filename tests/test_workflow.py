@@ -1,0 +1,425 @@
+"""DVC's stages on the workers of Dask: the same locks and files as `dvc repro` makes, whatever is killed on the way."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from contextlib import contextmanager
+
+import dask
+import psutil
+import pytest
+from distributed import LocalCluster
+from dvc.lock import LockError
+from dvc.utils.serialize import dumps_yaml, parse_yaml
+
+from ept.workflow.clusters import BATCH, Cluster, Workers
+from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch, reproduce
+from ept.workflow.stages import Stages, only_coordinator, with_entry
+from ept.workflow.workers import Job, Setup, run_job
+
+DVC = [sys.executable, "-m", "dvc"]
+NUMBERS = "abcd"
+
+
+class Project:
+    """A DVC project: a number is copied from a table for each letter, in a file of its own, and all are joined."""
+
+    def __init__(self, folder, slow="", extra=""):
+        self.folder = folder
+        subprocess.run([*DVC, "init", "-q", "--no-scm"], cwd=folder, check=True)
+        (folder / "table").write_text("1\n")
+        letters = "".join(f"  {x}:\n    cmd: {slow} echo {x} $(cat table) >> {x}.txt; echo {x} >> ran\n    deps: [table]\n    outs: [{x}.txt: {{cache: false}}]\n" for x in NUMBERS)
+        joined = f"  joined:\n    cmd: cat ?.txt > joined; echo joined >> ran\n    deps: [{', '.join(f'{x}.txt' for x in NUMBERS)}]\n    outs: [joined]\n"
+        (folder / "dvc.yaml").write_text("stages:\n" + letters + joined + textwrap.indent(textwrap.dedent(extra), "  "))
+
+    def reproduce(self, workers=2, engine="local", targets=("dvc.yaml",), watch=None):
+        """Bring it up to date with us."""
+        return reproduce(Stages(self.folder, targets), Cluster(engine, workers=workers, gpus=0), self.setup, watch)
+
+    @property
+    def setup(self):
+        return Setup(str(self.folder / "logs"), str(self.folder / ".dvc" / "tmp" / "stages"))
+
+    def dvc(self, *words):
+        """A command of DVC itself."""
+        return subprocess.run([*DVC, *words], cwd=self.folder, capture_output=True, text=True)
+
+    def ran(self):
+        """The stages that have come to their end, in order."""
+        file = self.folder / "ran"
+        return file.read_text().split() if file.exists() else []
+
+    def results(self):
+        """What is there in the end."""
+        return {name: (self.folder / name).read_text() for name in ("joined", "dvc.lock", *(f"{x}.txt" for x in NUMBERS))}
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def by_dvc(tmp_path_factory):
+    """The same project, brought up to date by `dvc repro`."""
+    project = Project(tmp_path_factory.mktemp("by-dvc"))
+    assert project.dvc("repro", "-q").returncode == 0
+    return project
+
+
+def below(folder):
+    """Processes that work in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(folder) in process.cwd() or any(str(folder) in word for word in process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return [p for p in found if p.pid != os.getpid()]
+
+
+def wait_until(holds, seconds=30):
+    """Wait for something to become true."""
+    deadline = time.monotonic() + seconds
+    while not (found := holds()):
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
+    return found
+
+
+# ---- the same as dvc repro ----------------------------------------------------------------------------------------------
+
+
+def test_lock_and_outputs_are_those_of_dvc_repro(project, by_dvc):
+    assert project.reproduce().complete
+    assert project.results() == by_dvc.results()
+    assert project.dvc("status").stdout.strip() == "Data and pipelines are up to date."
+
+
+@pytest.mark.parametrize("first", ["dvc", "ours"])
+def test_half_a_grid_with_each_and_nothing_is_left_for_either(project, by_dvc, first):
+    half = ("a", "b")
+    if first == "dvc":
+        assert project.dvc("repro", "-q", *half).returncode == 0
+        summary = project.reproduce()
+        assert sorted(summary.unchanged) == list(half) and sorted(summary.made) == ["c", "d", "joined"]
+    else:
+        assert sorted(project.reproduce(targets=half).made) == list(half)
+        assert project.dvc("repro", "-q").returncode == 0
+    assert sorted(project.ran()) == [*NUMBERS, "joined"], "no stage ran twice"
+    assert not project.reproduce().made and "up to date" in project.dvc("repro").stdout
+    ours, theirs = project.results(), by_dvc.results()
+    assert parse_yaml(ours.pop("dvc.lock"), "") == parse_yaml(theirs.pop("dvc.lock"), "") and ours == theirs
+
+
+def test_only_what_has_changed_runs_again_and_what_turns_out_the_same_saves_the_rest(project):
+    project.reproduce()
+    text = (project.folder / "dvc.yaml").read_text()
+    (project.folder / "dvc.yaml").write_text(text.replace("echo a $(", "echo  a $("))  # another command, the same output
+    summary = project.reproduce()
+    assert list(summary.made) == ["a"] and "joined" in summary.unchanged
+
+
+def test_a_stage_comes_from_the_cache_as_with_dvc(tmp_path):
+    project = Project(tmp_path, extra="""
+        kept:
+          cmd: cat table > kept; echo kept >> ran
+          deps: [table]
+          outs: [kept]
+    """)  # fmt: skip
+    project.reproduce()
+    (tmp_path / "table").write_text("2\n")
+    project.reproduce()
+    (tmp_path / "table").write_text("1\n")
+    project.reproduce()
+    assert project.ran().count("kept") == 2 and (tmp_path / "kept").read_text() == "1\n"
+
+
+NASTY = ["1e5", "12345e67", "yes", "0777", "a: b", "- c", "# d", "'", '"', "word " * 40, "two\nlines", "tab\t", "ö", "", " edge ", "0x1F", "1_000", "null", "~", "2026-11-22"]
+NASTY += ["[x]", "{y}", "*z", "&w", "!t", "%u", "@v", "`q`"]
+
+
+@pytest.mark.parametrize("value", NASTY)
+def test_an_entry_of_the_lock_is_what_dvc_writes_whatever_it_holds(value):
+    entries = {name: {"cmd": value, "params": {"params.yaml": {"x": [value, {"y": value}]}}, "outs": [{"path": name, "md5": value}]} for name in "abc"}
+    text = ""
+    for name in ("b", "c", "a"):
+        text = with_entry(text, name, entries[name], list("abc"))
+    assert text == dumps_yaml({"schema": "2.0", "stages": entries})
+    changed = entries | {"b": {"cmd": "other"}}
+    assert with_entry(text, "b", {"cmd": "other"}, list("abc")) == dumps_yaml({"schema": "2.0", "stages": changed})
+
+
+@pytest.mark.parametrize("text", ["stages:\n  a:\n    cmd: x\n", "# mine\nschema: '2.0'\nstages:\n", "schema: '2.0'\ndatasets: []\nstages:\n"])
+def test_a_lock_of_another_form_is_left_to_dvc(text):
+    assert with_entry(text, "b", {"cmd": "y"}, ["b"]) is None
+
+
+# ---- order --------------------------------------------------------------------------------------------------------------
+
+
+def test_with_one_worker_the_order_is_that_of_dvc(project, by_dvc):
+    project.reproduce(workers=1)
+    assert project.ran() == by_dvc.ran()
+
+
+def test_a_stage_begins_as_soon_as_what_it_needs_is_whole():
+    needs = {"a": set(), "b": set(), "c": {"a"}, "d": {"b", "c"}}
+    schedule = Schedule(needs)
+    assert (schedule.next(), schedule.next(), schedule.next()) == ("a", "b", None)
+    schedule.done("a")
+    assert (schedule.next(), schedule.next()) == ("c", None), "b is not done"
+    schedule.put_off("c", 0.05)
+    assert schedule.next() is None
+    time.sleep(0.06)
+    assert schedule.next() == "c"
+    schedule.done("c")
+    schedule.done("b")
+    assert schedule.next() == "d" and schedule.after(["a"]) == ["c", "d"]
+
+
+# ---- what goes wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_fails_is_told_with_its_last_line_and_the_rest_goes_on(tmp_path):
+    project = Project(tmp_path, extra="""
+        broken:
+          cmd: echo no rows for $DVC_STAGE >&2; exit 3
+          outs: [broken]
+        after:
+          cmd: cat broken
+          deps: [broken]
+    """)  # fmt: skip
+    summary = project.reproduce()
+    assert re.fullmatch(r"exit status 3 on \S+: no rows for broken", summary.failed["broken"])
+    assert summary.not_reached == ["after"] and not summary.complete and sorted(summary.made) == [*NUMBERS, "joined"]
+
+
+def test_a_stage_without_its_output_is_not_recorded(tmp_path):
+    project = Project(tmp_path, extra="""
+        forgetful:
+          cmd: "true"
+          outs: [nothing]
+    """)  # fmt: skip
+    summary = project.reproduce()
+    assert "nothing" in summary.failed["forgetful"] and "forgetful" not in (tmp_path / "dvc.lock").read_text()
+
+
+def test_a_missing_dependency_is_told_by_name(project):
+    (project.folder / "table").unlink()
+    summary = project.reproduce()
+    assert set(summary.failed) == set(NUMBERS) and "table" in summary.failed["a"] and summary.not_reached == ["joined"]
+
+
+def test_what_was_edited_while_a_stage_ran_is_not_recorded_and_it_runs_again(tmp_path):
+    project = Project(tmp_path, extra="""
+        slow:
+          cmd: cat table > slow; echo slow >> ran; test $(grep -c slow ran) = 1 && echo 2 > table; true
+          deps: [table]
+          outs: [slow]
+    """)  # fmt: skip
+    summary = project.reproduce(workers=1)
+    assert summary.complete and project.ran().count("slow") == 2 and (tmp_path / "slow").read_text() == "2\n"
+    assert {(tmp_path / f"{x}.txt").read_text() for x in NUMBERS} <= {f"{x} {n}\n" for x in NUMBERS for n in (1, 2)}
+    again = project.reproduce()
+    assert again.complete and "slow" in again.unchanged
+
+
+def test_a_stage_that_is_killed_is_tried_again_and_given_up_at_the_third_time(tmp_path):
+    project = Project(tmp_path, extra="""
+        once:
+          cmd: echo once >> ran; test -e checkpoint || { touch checkpoint; kill -9 $$; }; mv checkpoint once
+          outs: [once]
+        ever:
+          cmd: echo ever >> ran; kill -9 $$
+          outs: [ever]
+    """)  # fmt: skip
+    told = []
+
+    class Told(Watch):
+        def failed(self, stage, why, again):
+            told.append((stage, again))
+
+    summary = project.reproduce(watch=Told())
+    assert list(summary.failed) == ["ever"] and "signal 9" in summary.failed["ever"]
+    assert project.ran().count("ever") == ATTEMPTS and project.ran().count("once") == 2 and "once" in summary.made
+    assert [again for stage, again in told if stage == "ever"] == [True] * (ATTEMPTS - 1) + [False]
+
+
+def test_a_stage_that_has_to_leave_its_worker_is_tried_as_often_as_it_takes(project, monkeypatch):
+    """At the end of a job of a batch system, that is nobody's fault."""
+    from ept.workflow import scheduling
+    from ept.workflow.workers import Outcome
+
+    left = iter([False] * 5)
+
+    class Future:
+        status = "finished"
+
+        def __init__(self, job):
+            self.job = job
+
+        cancelled = staticmethod(lambda: False)
+
+        def result(self):
+            if self.job.stage == "a" and next(left, True) is False:
+                return Outcome(-9, 1.0, "", "n1", wanted=False)
+            subprocess.run(self.job.commands[0], shell=True, cwd=self.job.folder, check=True)
+            return Outcome(0, 1.0, "", "n1")
+
+        def add_done_callback(self, call):
+            call(self)
+
+    class Here(Workers):
+        limit = 1
+        submit = staticmethod(Future)
+        cancel = staticmethod(lambda futures: None)
+
+    summary = Coordinator(Stages(project.folder), Here(Cluster(gpus=0), project.setup), scheduling.Watch()).run()
+    assert summary.complete and next(left, "all five were used") == "all five were used"
+
+
+def test_other_commands_of_dvc_keep_from_a_running_stage_and_we_from_theirs(project):
+    stages = Stages(project.folder)
+    stages.begin("a")
+    other = project.dvc("repro", "a")
+    assert other.returncode and "busy" in other.stderr and str(os.getpid()) in other.stderr
+    assert project.dvc("repro", "-q", "b").returncode == 0, "it can do what we are not at"
+    stages.drop("a")
+    assert project.dvc("repro", "-q", "a").returncode == 0
+
+    (project.folder / "dvc.yaml").write_text((project.folder / "dvc.yaml").read_text().replace("cmd: cat", "cmd: sleep 4; cat"))
+    by_hand = subprocess.Popen([*DVC, "repro", "-q", "joined"], cwd=project.folder)
+    wait_until(lambda: "joined" in (project.folder / ".dvc" / "tmp" / "rwlock").read_text())
+    with pytest.raises(LockError):
+        Stages(project.folder).begin("joined")
+    assert project.reproduce().complete, "it waits for the other"
+    assert by_hand.wait() == 0 and project.dvc("status", "-q").returncode == 0
+
+
+def test_a_second_coordinator_is_told_who_the_first_is(project):
+    with only_coordinator(project.folder), pytest.raises(RuntimeError, match=f"process {os.getpid()} on .* is at work in"), only_coordinator(project.folder):
+        pass
+    with only_coordinator(project.folder):
+        pass
+
+
+# ---- workers ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_script_is_run_as_python_runs_it(tmp_path):
+    (tmp_path / "a.py").write_text("import sys, b\nprint(__name__, sys.argv, b.__name__, sys.stdin.read())\nsys.exit(int(sys.argv[1]))\n")
+    (tmp_path / "b.py").write_text("")
+    (tmp_path / "c.py").write_text("raise ValueError('no such task')\n")
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
+    python = os.path.relpath(sys.executable, tmp_path)
+    for command, status, words in (("python a.py 0 x", 0, "__main__ ['a.py', '0', 'x'] b"), ("python a.py 4", 4, "['a.py', '4']"), ("python c.py", 1, "ValueError: no such task")):
+        outcomes = [run_job(Job(command, (how,), str(tmp_path)), setup) for how in (command, command.replace("python", python))]
+        assert [o.status for o in outcomes] == [status, status], "forked, and as a command"
+        assert setup.log_of(command).read_text().count(words) == 2
+
+
+def test_what_a_stage_has_started_ends_with_it(tmp_path):
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
+    assert run_job(Job("a", (f"sleep 1000 & cd {tmp_path}; sleep 1001 &",), str(tmp_path)), setup).status == 0
+    wait_until(lambda: not below(tmp_path), 5)
+
+
+def test_no_two_processes_are_at_one_stage(tmp_path):
+    """A worker that was lost may still be on its way out when another begins the stage."""
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
+    program = "from ept.workflow.workers import *; import sys; run_job(Job('a', ('echo begin >> said; sleep 2; echo end >> said',), sys.argv[1]), Setup(*sys.argv[2:]))"
+    file = tmp_path / "run.py"
+    file.write_text(f"if __name__ == '__main__':\n    {program}\n")
+    first, second = (subprocess.Popen([sys.executable, file, tmp_path, setup.logs, setup.locks]) for _ in range(2))
+    assert first.wait() == second.wait() == 0
+    assert (tmp_path / "said").read_text().split() == ["begin", "end"] * 2
+
+
+def test_each_gpu_has_one_run_at_a_time_and_what_needs_none_goes_on(tmp_path):
+    busy = f"mkdir {tmp_path}/gpu-$CUDA_VISIBLE_DEVICES && sleep 0.3 && rmdir {tmp_path}/gpu-$CUDA_VISIBLE_DEVICES"
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
+    with Workers(Cluster(gpus=2), setup) as workers:
+        gpu = [workers.submit(Job(f"gpu-{i}", (busy,), str(tmp_path), resources={"gpu": 1})) for i in range(6)]
+        none = workers.submit(Job("cpu", ('test -z "$CUDA_VISIBLE_DEVICES"',), str(tmp_path)))
+        assert [future.result().status for future in (*gpu, none)] == [0] * 7
+
+
+@pytest.mark.parametrize("engine", BATCH)
+def test_the_script_of_a_job_asks_for_what_the_settings_say(engine, tmp_path):
+    asked = {"memory": "64GB", "walltime": "48:00:00", "directives": "--qos=low; --x=y", "prologue": "module load cuda"}
+    cluster = Cluster(engine, gpus=4, runs_per_gpu=2, cores=16, **asked)
+    script = cluster.job_script(str(tmp_path))
+    assert BATCH[engine][1].format(4) in script and "--qos=low" in script and "--x=y" in script
+    assert "--nthreads 9" in script and "--resources gpu=8" in script and "--no-nanny" in script and "--lifetime 172680s" in script
+    assert "module load cuda" in script
+
+
+# ---- real workers, killed -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def running_cluster(workers):
+    """A Dask cluster of worker processes, as one that runs already."""
+    settings = dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": 0})
+    with settings, LocalCluster(workers, 1, processes=True, dashboard_address=None, memory_limit=0) as cluster:
+        yield cluster
+
+
+def test_a_worker_that_is_killed_loses_nothing(tmp_path, by_dvc):
+    project = Project(tmp_path, slow="sleep 1;")
+    killed = []
+
+    class Killer(Watch):
+        def tick(self):
+            if not killed and (busy := [p for p in psutil.Process().children(recursive=True) if p.cmdline()[:2] == ["sleep", "1"]]):
+                worker = next(p for p in busy[0].parents() if "spawn_main" in " ".join(p.cmdline()) or "dask" in " ".join(p.cmdline()).lower())
+                killed.append(worker.pid)
+                worker.kill()
+
+    with running_cluster(3) as cluster:
+        summary = project.reproduce(engine=cluster.scheduler_address, watch=Killer())
+    assert killed and summary.complete, summary
+    assert {name: text for name, text in project.results().items() if name != "dvc.lock"} == {name: text for name, text in by_dvc.results().items() if name != "dvc.lock"}
+    assert sorted(project.ran()) == [*NUMBERS, "joined"], "no stage came to its end twice"
+
+
+PASS = """
+import signal, sys
+from ept.workflow.clusters import Cluster
+from ept.workflow.scheduling import reproduce
+from ept.workflow.stages import Stages, only_coordinator
+from ept.workflow.workers import Setup
+
+if __name__ == "__main__":
+    root = sys.argv[1]
+    with only_coordinator(root):
+        summary = reproduce(Stages(root), Cluster(gpus=0), Setup(f"{root}/logs", f"{root}/.dvc/tmp/stages"))
+    sys.exit(130 if summary.stopped else 0 if summary.complete else 1)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
+def test_a_coordinator_that_is_stopped_or_killed_leaves_nothing_behind_and_the_next_goes_on(tmp_path, by_dvc, how):
+    root = tmp_path / "project"
+    root.mkdir()
+    project = Project(root, slow="sleep 0.7;")
+    program = tmp_path / "pass.py"
+    program.write_text(PASS)
+    command = [sys.executable, str(program), str(root)]
+    first = subprocess.Popen(command, start_new_session=True)
+    wait_until(lambda: len(project.ran()) >= 2)
+    first.send_signal(how)
+    assert first.wait(20) == (130 if how == signal.SIGINT else -how)
+    wait_until(lambda: not below(root), 10)
+    recorded = [x for x in NUMBERS if (root / "dvc.lock").exists() and f"  {x}:\n" in (root / "dvc.lock").read_text()]
+    before = project.ran()
+    assert subprocess.run(command).returncode == 0
+    assert sorted(project.ran()[len(before) :]) == sorted({*NUMBERS, "joined"} - set(recorded)), "what is recorded does not run again"
+    assert project.dvc("status", "-q").returncode == 0
+    assert not list((root / ".dvc" / "tmp").glob("part-*"))
