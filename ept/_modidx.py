@@ -1246,6 +1246,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ept/workflow/progress.py'),
                                        'ept.workflow.progress.Progress.left': ( 'workflow/progress.html#progress.left',
                                                                                 'ept/workflow/progress.py'),
+                                       'ept.workflow.progress.Progress.note': ( 'workflow/progress.html#progress.note',
+                                                                                'ept/workflow/progress.py'),
                                        'ept.workflow.progress.Progress.picture': ( 'workflow/progress.html#progress.picture',
                                                                                    'ept/workflow/progress.py'),
                                        'ept.workflow.progress.Progress.say': ( 'workflow/progress.html#progress.say',

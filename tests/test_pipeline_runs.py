@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pytest
 
@@ -52,8 +53,11 @@ def test_sources_are_trained_once_and_first(clone, transfers):
     kept, starts = {f"source@{t}-{seed}" for t in TASKS for seed in (0, 7)}, ("search@pt", "search-transfer@spot", "search-like@mpt")
     assert kept | {*starts, "shared@0", "shared@7"} | {f"{t}:{s}-transfer@spot-0" for t in TASKS for s in ("train", "evaluate")} <= set(transfers)
     at = transfers.index
-    assert max(at(s) for s in kept) < min(at(f"shared@{seed}") for seed in (0, 7)) and max(at(f"shared@{seed}") for seed in (0, 7)) < at(starts[1]) < at(starts[2])
-    assert max(map(at, starts)) < min(at(f"{task}:{stage}-0") for task in TASKS for stage in ("train@pt", "train-transfer@spot", "train-transfer@mpt"))
+    for seed in (0, 7):
+        assert max(at(f"source@{t}-{seed}") for t in TASKS) < at(f"shared@{seed}")
+    assert at("shared@7") < at("search-transfer@spot") < at("search-like@mpt")
+    for task, (method, search) in product(TASKS, {"train@pt": "search@pt", "train-transfer@spot": "search-transfer@spot", "train-transfer@mpt": "search-like@mpt"}.items()):
+        assert max(at(search), at("shared@0")) < at(f"{task}:{method}-0") if "transfer" in method else at(search) < at(f"{task}:{method}-0")
     for task, other in (TASKS, TASKS[::-1]):
         record = json.loads((clone.root / f"results/scores/{task}-spot-0.json").read_text())
         assert list(record["config"]["source_prompts"]) == [other]
@@ -87,7 +91,7 @@ def test_the_search_is_written_down_and_used(clone, transfers):
             assert config["search"] == {"from": {"profile": "embedded", "method": "spot" if method == "mpt" else method}, "chosen": found["chosen"]}
             assert config["training"]["learning_rate"] == found["chosen"]["learning_rate"] and config["training"]["steps"] == 4
     assert sorted(clone.files("results/search")) == ["mpt.json", "pt.json", "spot.json"], "where nothing is trained, nothing is tried"
-    assert sum(line.startswith("trial ") for line in clone.said.splitlines()) == 4, "a line for each trial"
+    assert len(re.findall(r"\] search (?:pt|spot|mpt): 2 trials, the best \d+\.\d with learning_rate 0\.\d+", clone.said)) == 3, "a line for each search"
 
 
 @pytest.mark.slow
@@ -195,34 +199,4 @@ def test_a_killed_run_ends_with_the_same_bits(clone, method):
     text = clone.call(*repro)
     assert re.search(r"\|\s*(9|1\d|2\d|3\d|4\d|5\d)/60", text) and not re.search(r"\|\s*[0-8]/60", text), "it went on from the checkpoint"
     assert (clone.files(adapter), scores.read_bytes()) == undisturbed
-    clone.write(PARAMETERS)
-
-
-@pytest.mark.slow
-def test_a_warm_worker_dies_with_the_stage_that_asked_for_it(clone):
-    """Killing what DVC has started must leave nothing behind that still writes."""
-    key = "cb-ept-0"
-    clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "steps": 4000, "evaluate_every": 2}})
-    address = str(clone.root / "warm")
-    server = subprocess.Popen([sys.executable, "nbs/pipelines/warm.py", address], cwd=clone.root, env=clone.environment(), stdin=subprocess.PIPE)
-    try:
-        while not os.path.exists(address):
-            time.sleep(0.05)
-        environment = {**clone.environment(), "EPT_WARM": address}
-        command = [sys.executable, "nbs/pipelines/run.py", "train", "--task", "cb", "--method", "ept"]
-        stage = subprocess.Popen(command, cwd=clone.root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        folder = clone.root / "runs/checkpoints" / key
-        while not list(folder.glob("checkpoint-*/whole.json")):
-            assert stage.poll() is None
-            time.sleep(0.05)
-        stage.kill()
-        stage.wait()
-        time.sleep(1.0)
-        seen = sorted(p.name for p in folder.glob("checkpoint-*"))
-        time.sleep(1.5)
-        assert sorted(p.name for p in folder.glob("checkpoint-*")) == seen
-    finally:
-        server.stdin.close()
-        assert server.wait(timeout=30) == 0
-    shutil.rmtree(folder)
     clone.write(PARAMETERS)

@@ -21,6 +21,7 @@ from ept.grid.profiles import SWEPT, load_profile, profile_files
 from ept.methods.catalogue import catalogue
 from ept.prompt.soft import EPTConfig
 from ept.utils.fingerprints import import_closure
+from ept.workflow.stages import Stages
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "nbs"))
@@ -173,12 +174,21 @@ def test_imports_point_down(module):
         assert order.index(other) < order.index(module), f"{module} imports {other}, which comes later"
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [module for module in MODULES if not module.startswith("workflow.")])
 def test_library_knows_nothing_of_dvc_and_papermill(module):
     tree = ast.parse(file_of(module).read_text())
     names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert not {n.split(".")[0] for n in names} & {"dvc", "papermill", "nbformat"}
+    assert not {n.split(".")[0] for n in names} & {"dvc", "dask", "distributed", "papermill", "nbformat"}
+    assert not any(other.startswith("workflow.") for other in imports(module)), "the pipeline alone uses it"
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module.startswith("workflow.")])
+def test_workflow_knows_nothing_of_prompts(module):
+    """It is for any project of DVC."""
+    assert all(other.startswith(("workflow.", "utils.")) for other in imports(module))
+    words = re.findall(r"(?i)\b(?:soft )?prompt\w*|backbone\w*|adapter\w*|glue", MODULES[module].read_text())
+    assert not words
 
 
 # ---- the grid -----------------------------------------------------------------------------------------------------------
@@ -200,15 +210,14 @@ def layout():
     sys.path.insert(0, str(ROOT / "nbs" / "pipelines"))
     try:
         import layout
-        import reproduce
     finally:
         sys.path.pop(0)
-    return layout, reproduce
+    return layout
 
 
 def stages(profile):
     """What is written for DVC: name -> stage, those of the profile and those of its first task."""
-    written = layout()[0].generated(profile)
+    written = layout().generated(profile)
     read = lambda file: {stage: body.get("do", body) for stage, body in yaml.safe_load(written[file])["stages"].items()}
     return {**read("dvc.yaml"), **read(f"tasks/{profile.grid.tasks[0]}/dvc.yaml")}
 
@@ -330,7 +339,7 @@ def test_no_result_depends_on_costs_notebooks_or_settings(grid):
 def test_profile_is_sound_and_dvc_knows_it(profile):
     read = check(load_profile(PROFILES[profile]))
     assert read.profile == profile
-    assert layout()[0].differences(read) == ([], []), "run `make pipeline`, then commit"
+    assert layout().differences(read) == ([], []), "run `make pipeline`, then commit"
 
 
 @pytest.mark.parametrize(("profile", "width"), [(name, 768 if name == "paper" else 128) for name in PROFILES])
@@ -349,31 +358,28 @@ def test_make_knows_the_profiles(arguments, answer):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_jobs_share_the_grid(profile):
-    """Every stage once, sources before all that starts from them, searches before the runs, and as much for one job as for another."""
+def test_every_stage_is_reached_and_waits_for_what_it_starts_from(profile):
+    """The graph that DVC draws of a profile: its product of tasks, methods and seeds; sources before what they share, searches before runs."""
     read = load_profile(PROFILES[profile])
-    start, (sources, shared, tried, rest) = layout()[1].targets(read)
-    names = [*start, *(s for _, block in (*sources, *shared, *tried, *rest) for s in block)]
-    g, kept = read.grid, len(read.source_plans())
+    stages = Stages(read.file.parent)
+    g, kept, needs = read.grid, len(read.source_plans()), stages.needs
     trained = len(g.methods) - len(g.references)
-    per_task = trained * len(g.seeds) * 2 + len(g.references) * len(g.seeds) + 1
-    beside = kept + len(read.prepared) - len(read.tasks) + (trained if read.search.tasks else 0) + len(read.sweep_runs())
-    assert len(set(names)) == len(names) == 1 + len(read.tasks) * per_task + beside
-    assert [s for _, block in tried for s in block] == [s for s in names if "search" in s] and len(tried) == len(read.tried)
-    assert sum("source@" in s for _, block in sources for s in block) + sum("shared@" in s for _, block in shared for s in block) == kept
-    for method in g.methods:
-        shares = [sum(bool(re.search(rf"(train|train-transfer|reference)@{method}-{g.seeds[0]}$", s)) for i, b in rest if i % 2 == job for s in b) for job in (0, 1)]
-        assert abs(shares[0] - shares[1]) <= 1, method
+    per_task = trained * len(g.seeds) * 2 + len(g.references) * len(g.seeds)
+    beside = kept + len(read.prepared) + (trained if read.search.tasks else 0) + len(read.sweep_runs())
+    stored = [stage for stage in stages if stage.endswith(".dvc")]
+    assert len(stages) - len(stored) == len({"plan", "backbone", "report"}) + len(read.tasks) * per_task + beside
 
+    def before(stage):
+        return {stage}.union(*(before(other) for other in needs[stage]))
 
-@pytest.mark.parametrize("name", ["embedded", "embedded-full"])
-def test_grid_is_the_product_of_the_lists(name):
-    """What DVC makes of the files is what the parameters say, read by DVC itself."""
-    read = load_profile(PROFILES[name])
-    listed = subprocess.run([sys.executable, "-m", "dvc", "stage", "list", "--all", "--name-only"], cwd=read.file.parent, capture_output=True, text=True, check=True)
-    start, rounds = layout()[1].targets(read)
-    expected = {"plan", "report", *start, *(s for blocks in rounds for _, block in blocks for s in block)}
-    assert set(listed.stdout.split()) - {f"{name}.dvc" for name in STORED} == {s.removeprefix("dvc.yaml:") for s in expected}
+    task = read.grid.tasks[0]
+    for method in set(g.methods) - set(g.references):
+        suffix = "-transfer" if method in g.transfer else ""
+        due = before(f"tasks/{task}/dvc.yaml:train{suffix}@{method}-{g.seeds[0]}")
+        assert {"plan", "backbone", f"tasks/{task}/dvc.yaml:prepare"} <= due
+        assert any(re.fullmatch(rf"search(-transfer|-like)?@{method}", stage) for stage in due) == bool(read.search.tasks)
+        assert any(stage.startswith("source@") for stage in due) == bool(suffix)
+    assert set(stages) == before("report"), "and nothing else"
 
 
 def remote(md5):

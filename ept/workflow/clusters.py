@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['BATCH', 'SCHEDULER', 'gpus_here', 'Cluster', 'seconds_of', 'attempt', 'Workers']
 
-# %% ../../nbs/workflow/72_clusters.ipynb #5620f7b8
+# %% ../../nbs/workflow/72_clusters.ipynb #32605ad1
 import configparser
+import inspect
 import logging
 import os
 import re
@@ -21,7 +22,6 @@ from distributed import Client, Future, LocalCluster, get_worker
 from fastcore.basics import patch
 
 from ..utils.checking import from_dict
-from . import workers
 from .workers import Job, Outcome, Setup, run_job
 
 # %% ../../nbs/workflow/72_clusters.ipynb #fa15830f
@@ -88,7 +88,7 @@ class Cluster:
         parser.read(file)
         return from_dict(cls, (dict(parser["cluster"]) if parser.has_section("cluster") else {}) | changes, "cluster")
 
-# %% ../../nbs/workflow/72_clusters.ipynb #bb935367
+# %% ../../nbs/workflow/72_clusters.ipynb #56874e35
 def seconds_of(
     walltime: str,  # [days-]hours:minutes:seconds
 ) -> int:
@@ -118,7 +118,7 @@ def job_options(
         "interface": self.interface or None,
         "log_directory": logs,
         "job_extra_directives": [*gpus, *filter(None, map(str.strip, self.directives.split(";")))],
-        "job_script_prologue": [f"export PYTHONPATH={Path(workers.__file__).parents[2]}:$PYTHONPATH", *filter(None, [self.prologue])],
+        "job_script_prologue": [f"export PYTHONPATH={Path(inspect.getfile(Job)).parents[2]}:$PYTHONPATH", *filter(None, [self.prologue])],
         "worker_extra_args": ["--nthreads", str(self.slots), "--memory-limit", "0", "--lifetime", f"{max(60, seconds_of(self.walltime) - 120)}s", *offered],
     }
 

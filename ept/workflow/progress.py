@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['duration', 'steps_of', 'Progress']
 
-# %% ../../nbs/workflow/74_progress.ipynb #59bad28f
+# %% ../../nbs/workflow/74_progress.ipynb #65518eb6
+import os
 import re
 import time
 from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 
 from fastcore.basics import patch
 from rich.console import Console
@@ -36,7 +39,7 @@ def steps_of(
     found = re.search(r"\|\s*(\d+)/(\d+) \[", line)
     return (int(found[1]), int(found[2])) if found else None
 
-# %% ../../nbs/workflow/74_progress.ipynb #ff7f93d7
+# %% ../../nbs/workflow/74_progress.ipynb #777df790
 class Progress(Watch):
     "Lines on a terminal about the stages of a pipeline."
 
@@ -48,8 +51,9 @@ class Progress(Watch):
         describe: Callable[[str, dict[str, float]], str | None] = lambda stage, made: None,  # stage, seconds of those made -> a line that stays
         expect: Callable[[str], float] = lambda stage: 1.0,  # seconds that a stage will take, about
         console: Console | None = None,
+        journal: str | Path = os.devnull,  # file that is told of every stage that begins, ends or fails, with the time
     ):
-        self.title, self.describe, self.expect = title, describe, expect
+        self.title, self.describe, self.expect, self.journal = title, describe, expect, Path(journal)
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
 
@@ -58,6 +62,7 @@ class Progress(Watch):
         self.workers, self.total, self.done, self.failures = workers, len(stages), 0, 0
         self.due, self.worked, self.made = {stage: self.expect(stage) for stage in stages}, 0.0, {}  # expected seconds of what is left and of what was made; measured
         self.running, self.begun, self.drawn = {}, None, 0.0  # stage -> (when it began, size of its log then)
+        self.journal.parent.mkdir(parents=True, exist_ok=True)
         if self.console.is_terminal:
             self.live.start()
 
@@ -65,13 +70,19 @@ class Progress(Watch):
         "A line that stays."
         self.console.print(text, markup=False)
 
-# %% ../../nbs/workflow/74_progress.ipynb #cf3f03bc
+    def note(self, *words: str) -> None:
+        "A line of the journal."
+        with open(self.journal, "a") as file:
+            print(datetime.now().isoformat(timespec="seconds"), *words, file=file)
+
+# %% ../../nbs/workflow/74_progress.ipynb #f22bd521
 @patch
 def began(self: Progress, stage: str, attempt: int) -> None:
     "A stage goes to the workers."
     log = self.workers.setup.log_of(stage)
     self.running[stage] = time.monotonic(), log.stat().st_size if log.exists() else 0
     self.begun = self.begun or time.monotonic()
+    self.note("begins", stage)
 
 
 @patch
@@ -83,6 +94,7 @@ def ended(self: Progress, stage: str, seconds: float | None) -> None:
     if seconds is not None:
         self.made[stage] = seconds
         self.worked += expected
+        self.note("ended", stage)
     if text := self.describe(stage, self.made):
         self.say(", ".join(filter(None, [f"[{self.done}/{self.total}] {text}", self.left()])))
 
@@ -92,6 +104,7 @@ def failed(self: Progress, stage: str, why: str, again: bool) -> None:
     "An attempt has failed."
     self.running.pop(stage, None)
     self.failures += not again
+    self.note("failed", f"{stage}:", why)
     self.say(f"{stage}: {why}; {'it is tried again' if again else f'see {self.workers.setup.log_of(stage)}'}")
 
 

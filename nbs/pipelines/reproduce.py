@@ -31,6 +31,7 @@ from ept.workflow.workers import Setup  # noqa: E402
 from layout import write_layout  # noqa: E402
 
 AROUND = 2.0  # seconds of a stage beside its training
+LAST = ("evaluate", "reference", "sweep")  # the stages that end a run
 
 
 # ---- what is said about the runs ----------------------------------------------------------------------------------------
@@ -52,14 +53,22 @@ class Runs:
         return self.swept.get(found[3]) if found[2] == "sweep" else f"{found[1]}-{found[3]}"
 
     def describe(self, stage, made):
-        "What a run has found, when its last stage has ended; None for other stages, and for what was up to date before."
-        key = self.key_of(stage, ("evaluate", "reference", "sweep"))
+        "What a search or a run has found, when its last stage has ended; None for other stages, and for what was up to date before."
+        if stage.startswith("search") and stage in made:
+            return self._found(stage.partition("@")[2])
+        key = self.key_of(stage, LAST)
+        took = sum(seconds for other, seconds in made.items() if self.key_of(other, ("train", *LAST)) == key)
         record = self.folder / "results" / "scores" / f"{key}.json"
-        took = sum(seconds for other, seconds in made.items() if self.key_of(other, ("train", "evaluate", "reference", "sweep")) == key)
         if key not in self.runs or not took or not record.exists():
             return None
         values, size = json.loads(record.read_text()), self.runs[key].size
         return f"{values['method']} {values['task']}{f' {size}' if size else ''} {values['score']:.1f} (majority {values['majority_score']:.1f}) {took:.0f} s"
+
+    def _found(self, method):
+        "What the search of a method has chosen."
+        record = json.loads((self.folder / "results" / "search" / f"{method}.json").read_text())
+        chosen = ", ".join(f"{name} {value}" for name, value in record["chosen"].items())
+        return f"search {method}: {len(record['trials'])} trials, the best {record['trials'][record['best'] - 1]['score']:.1f} with {chosen}"
 
     def expected(self):
         "Seconds that a stage will take: what this training took last time, or one like it."
@@ -115,7 +124,7 @@ def conclude(summary, runs, took):
     if not summary.complete:
         print(f"not everything is up to date after {took}; the same command goes on from here")
         return 1
-    ended = {runs.key_of(stage, ("evaluate", "reference", "sweep")) for stage in summary.made} & runs.runs.keys()
+    ended = {runs.key_of(stage, LAST) for stage in summary.made} & runs.runs.keys()
     print(f"{len(ended)} runs made and {len(runs.runs) - len(ended)} found up to date in {took}")
     equal, known = runs.committed()
     if known:
@@ -153,7 +162,7 @@ def main(arguments=None):
                 return 0
             print(f"{len(runs.runs)} runs of profile {profile.profile}; what their stages print is in {os.path.relpath(folder / 'runs' / 'logs')}", flush=True)
             setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
-            summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected()))
+            summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log"))
     except KeyboardInterrupt:
         summary = Summary(stopped=True)
     except (ValueError, FileNotFoundError, RuntimeError, DvcException) as error:
