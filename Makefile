@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status pipeline profile data backbone bench lint test test-quick outputs export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce status pipeline profile data backbone bench lint test test-quick test-slurm outputs export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,10 @@ test: lint  ## ruff, then every notebook, its outputs compared with the committe
 
 test-quick: $(READY)  ## the tests that are not marked slow
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder -m "not slow"
+
+test-slurm: $(READY)  ## the tests that need Slurm, on one that is started for them; it has to be installed
+	@$(BIN)/python tests/slurm.py check
+	EPT_TEST_SLURM=1 $(BIN)/python -m pytest -m slurm
 
 outputs: $(READY)  ## execute the notebooks, or NB=nbs/wing/name.ipynb, and keep what they show; look at the difference
 	$(BIN)/python nbs/execute.py --write $(NB)
