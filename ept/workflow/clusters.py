@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BATCH', 'SCHEDULER', 'gpus_here', 'Cluster', 'seconds_of', 'attempt', 'Workers']
 
-# %% ../../nbs/workflow/72_clusters.ipynb #32605ad1
+# %% ../../nbs/workflow/72_clusters.ipynb #cb4a837c
 import configparser
 import inspect
 import logging
@@ -15,6 +15,8 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 import dask
@@ -88,7 +90,7 @@ class Cluster:
         parser.read(file)
         return from_dict(cls, (dict(parser["cluster"]) if parser.has_section("cluster") else {}) | changes, "cluster")
 
-# %% ../../nbs/workflow/72_clusters.ipynb #56874e35
+# %% ../../nbs/workflow/72_clusters.ipynb #aa4b6811
 def seconds_of(
     walltime: str,  # [days-]hours:minutes:seconds
 ) -> int:
@@ -117,6 +119,7 @@ def job_options(
         "nanny": False,  # a worker that dies ends its job, and a new job takes its place
         "interface": self.interface or None,
         "log_directory": logs,
+        "local_directory": f"{logs}/dask",
         "job_extra_directives": [*gpus, *filter(None, map(str.strip, self.directives.split(";")))],
         "job_script_prologue": [f"export PYTHONPATH={Path(inspect.getfile(Job)).parents[2]}:$PYTHONPATH", *filter(None, [self.prologue])],
         "worker_extra_args": ["--nthreads", str(self.slots), "--memory-limit", "0", "--lifetime", f"{max(60, seconds_of(self.walltime) - 120)}s", *offered],
@@ -139,8 +142,12 @@ def _batch_class(self: Cluster):
 
     return getattr(dask_jobqueue, BATCH[self.engine][0])
 
-# %% ../../nbs/workflow/72_clusters.ipynb #ac5ba95d
-SCHEDULER = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.work-stealing": False}
+# %% ../../nbs/workflow/72_clusters.ipynb #091dad48
+SCHEDULER = {
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.scheduler.work-stealing": False,
+    "distributed.deploy.lost-worker-timeout": "2s",  # until a job is submitted for one that was lost
+}
 
 
 def attempt(job: Job, setup: Setup) -> Outcome:
@@ -163,7 +170,7 @@ class Workers:
         cluster: Cluster,
         setup: Setup,  # its slots and GPUs are those of the cluster
     ):
-        self.cluster, self.opened = cluster, ExitStack()
+        self.cluster, self.opened, self.submitted = cluster, ExitStack(), count()
         self.setup = replace(setup, slots=cluster.slots, gpus=cluster.gpus_each, runs_per_gpu=cluster.runs_per_gpu)
 
     def __enter__(self):
@@ -187,7 +194,8 @@ class Workers:
         return LocalCluster(1, self.setup.slots, processes=False, dashboard_address=None, memory_limit=0, resources={"gpu": gpus} if gpus else None)
 
     def _batch(self):
-        batch = self.cluster._batch_class()(**self.cluster.job_options(f"{self.setup.logs}/jobs"))
+        options = self.cluster.job_options(f"{self.setup.logs}/jobs")
+        batch = self.cluster._batch_class()(**options, scheduler_options={"dashboard_address": ":0"})
         batch.adapt(minimum_jobs=self.cluster.workers, maximum_jobs=self.cluster.workers)
         return batch
 
@@ -200,11 +208,13 @@ class Workers:
     @property
     def dashboard(self) -> str:
         "The address of Dask's own page, if there is one."
-        return self.client.dashboard_link if "client" in self.__dict__ and self.cluster.engine != "local" else ""
+        seen = "client" in self.__dict__ and self.cluster.engine != "local" and find_spec("bokeh")
+        return self.client.dashboard_link if seen else ""
 
     def submit(self, job: Job) -> Future:
-        "Have a stage run; the outcome is the future's result."
-        return self.client.submit(attempt, job, self.setup, pure=False, resources={"gpu": 1} if self.setup.gpus and job.resources.get("gpu") else None)
+        "Have a stage run, after those that were submitted before; the outcome is the future's result."
+        resources = {"gpu": 1} if self.setup.gpus and job.resources.get("gpu") else None
+        return self.client.submit(attempt, job, self.setup, pure=False, resources=resources, priority=-next(self.submitted))
 
     def cancel(self, futures: Iterable[Future]) -> None:
         "End stages that run or wait to."
