@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import dask
@@ -15,10 +16,10 @@ from distributed import LocalCluster
 from dvc.lock import LockError
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
-from ept.workflow.clusters import BATCH, Cluster, Workers
+from ept.workflow.clusters import BATCH, Cluster, LocalWorkers, Workers
 from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch
 from ept.workflow.stages import Stages, only_coordinator, with_entry
-from ept.workflow.workers import Job, Setup, run_job
+from ept.workflow.workers import Job, Outcome, Setup, run_job
 from tests.letters import DVC, LETTERS, Project, below, one_pass, wait_until
 
 
@@ -194,36 +195,23 @@ def test_a_stage_that_is_killed_is_tried_again_and_given_up_at_the_third_time(tm
     assert [again for stage, again in told if stage == "ever"] == [True] * (ATTEMPTS - 1) + [False]
 
 
-def test_a_stage_that_has_to_leave_its_worker_is_tried_as_often_as_it_takes(project, monkeypatch):
+def test_a_stage_that_has_to_leave_its_worker_is_tried_as_often_as_it_takes(project):
     """At the end of a job of a batch system, that is nobody's fault."""
-    from ept.workflow import scheduling
-    from ept.workflow.workers import Outcome
-
     left = iter([False] * 5)
-
-    class Future:
-        status = "finished"
-
-        def __init__(self, job):
-            self.job = job
-
-        cancelled = staticmethod(lambda: False)
-
-        def result(self):
-            if self.job.stage == "a" and next(left, True) is False:
-                return Outcome(-9, 1.0, "", "n1", wanted=False)
-            subprocess.run(self.job.commands[0], shell=True, cwd=self.job.folder, check=True)
-            return Outcome(0, 1.0, "", "n1")
-
-        def add_done_callback(self, call):
-            call(self)
 
     class Here(Workers):
         limit = 1
-        submit = staticmethod(Future)
-        cancel = staticmethod(lambda futures: None)
 
-    summary = Coordinator(Stages(project.folder), Here(Cluster(gpus=0), project.setup), scheduling.Watch()).run()
+        def submit(self, job):
+            future = Future()
+            if job.stage == "a" and next(left, True) is False:
+                future.set_result(Outcome(-9, 1.0, "", "n1", wanted=False))
+            else:
+                subprocess.run(job.commands[0], shell=True, cwd=job.folder, check=True)
+                future.set_result(Outcome(0, 1.0, "", "n1"))
+            return future
+
+    summary = Coordinator(Stages(project.folder), lambda: Here(Cluster(gpus=0), project.setup), Watch()).run()
     assert summary.complete and next(left, "all five were used") == "all five were used"
 
 
@@ -287,7 +275,7 @@ def test_no_two_processes_are_at_one_stage(tmp_path):
 def test_each_gpu_has_one_run_at_a_time_and_what_needs_none_goes_on(tmp_path):
     busy = f"mkdir {tmp_path}/gpu-$CUDA_VISIBLE_DEVICES && sleep 0.3 && rmdir {tmp_path}/gpu-$CUDA_VISIBLE_DEVICES"
     setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
-    with Workers(Cluster(gpus=2), setup) as workers:
+    with LocalWorkers(Cluster(gpus=2), setup) as workers:
         gpu = [workers.submit(Job(f"gpu-{i}", (busy,), str(tmp_path), resources={"gpu": 1})) for i in range(6)]
         none = workers.submit(Job("cpu", ('test -z "$CUDA_VISIBLE_DEVICES"',), str(tmp_path)))
         assert [future.result().status for future in (*gpu, none)] == [0] * 7

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['duration', 'steps_of', 'Progress']
 
-# %% ../../nbs/workflow/74_progress.ipynb #65518eb6
+# %% ../../nbs/workflow/74_progress.ipynb #274b1c86
 import os
 import re
 import time
@@ -22,7 +22,7 @@ from rich.table import Table
 from .clusters import Workers
 from .scheduling import Summary, Watch
 from .stages import Stages
-from .workers import last_line
+from .workers import Setup, last_line
 
 # %% ../../nbs/workflow/74_progress.ipynb #ab22efae
 def duration(seconds: float) -> str:
@@ -39,7 +39,7 @@ def steps_of(
     found = re.search(r"\|\s*(\d+)/(\d+) \[", line)
     return (int(found[1]), int(found[2])) if found else None
 
-# %% ../../nbs/workflow/74_progress.ipynb #777df790
+# %% ../../nbs/workflow/74_progress.ipynb #f24251aa
 class Progress(Watch):
     "Lines on a terminal about the stages of a pipeline."
 
@@ -57,14 +57,19 @@ class Progress(Watch):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
 
-    def start(self, stages: Stages, workers: Workers) -> None:
-        "The stages that are asked for, and who runs them."
-        self.workers, self.total, self.done, self.failures = workers, len(stages), 0, 0
+    def start(self, stages: Stages, setup: Setup) -> None:
+        "The stages that are asked for, and where their logs are."
+        self.setup, self.total, self.done, self.failures = setup, len(stages), 0, 0
         self.due, self.worked, self.made = {stage: self.expect(stage) for stage in stages}, 0.0, {}  # expected seconds of what is left and of what was made; measured
         self.running, self.begun, self.drawn = {}, None, 0.0  # stage -> (when it began, size of its log then)
         self.journal.parent.mkdir(parents=True, exist_ok=True)
         if self.console.is_terminal:
             self.live.start()
+
+    def opened(self, workers: Workers) -> None:
+        "There are workers; some have a page about themselves."
+        if workers.dashboard:
+            self.say(f"the workers are seen at {workers.dashboard}")
 
     def say(self, text: str) -> None:
         "A line that stays."
@@ -75,11 +80,11 @@ class Progress(Watch):
         with open(self.journal, "a") as file:
             print(datetime.now().isoformat(timespec="seconds"), *words, file=file)
 
-# %% ../../nbs/workflow/74_progress.ipynb #f22bd521
+# %% ../../nbs/workflow/74_progress.ipynb #31984ea9
 @patch
 def began(self: Progress, stage: str, attempt: int) -> None:
     "A stage goes to the workers."
-    log = self.workers.setup.log_of(stage)
+    log = self.setup.log_of(stage)
     self.running[stage] = time.monotonic(), log.stat().st_size if log.exists() else 0
     self.begun = self.begun or time.monotonic()
     self.note("begins", stage)
@@ -105,7 +110,7 @@ def failed(self: Progress, stage: str, why: str, again: bool) -> None:
     self.running.pop(stage, None)
     self.failures += not again
     self.note("failed", f"{stage}:", why)
-    self.say(f"{stage}: {why}; {'it is tried again' if again else f'see {self.workers.setup.log_of(stage)}'}")
+    self.say(f"{stage}: {why}; {'it is tried again' if again else f'see {self.setup.log_of(stage)}'}")
 
 
 @patch
@@ -115,7 +120,7 @@ def left(self: Progress) -> str:
         return ""
     return f"{duration((time.monotonic() - self.begun) * sum(self.due.values()) / self.worked)} left"
 
-# %% ../../nbs/workflow/74_progress.ipynb #b0388e91
+# %% ../../nbs/workflow/74_progress.ipynb #f97d8d6f
 @patch
 def tick(self: Progress) -> None:
     "Draw, twice a second."
@@ -128,9 +133,9 @@ def tick(self: Progress) -> None:
 def picture(self: Progress) -> Table:
     "A line for the whole, and one for each stage that has printed something since it began."
     table = Table.grid(padding=(0, 1))
-    counts = [f"{self.failures} failed" if self.failures else "", self.left(), self.workers.dashboard]
+    counts = [f"{self.failures} failed" if self.failures else "", self.left()]
     table.add_row(self.title, ProgressBar(self.total, self.done, width=24), f"{self.done}/{self.total}", ", ".join(filter(None, counts)))
-    lines = [(stage, since, last_line(self.workers.setup.log_of(stage), size)) for stage, (since, size) in self.running.items()]
+    lines = [(stage, since, last_line(self.setup.log_of(stage), size)) for stage, (since, size) in self.running.items()]
     heard = [line for line in lines if line[-1]]
     for stage, since, line in heard[: self.SHOWN]:
         done, total = steps_of(line) or (0, None)
@@ -149,7 +154,7 @@ def end(self: Progress, summary: Summary) -> None:
     if summary.failed:
         table = Table("failed", "why", "log", title_justify="left")
         for stage, why in summary.failed.items():
-            table.add_row(stage, why, str(self.workers.setup.log_of(stage)))
+            table.add_row(stage, why, str(self.setup.log_of(stage)))
         self.console.print(table)
     if summary.not_reached:
         self.say(f"not reached, since they need one that failed: {', '.join(summary.not_reached[: self.SHOWN])}{' ...' if len(summary.not_reached) > self.SHOWN else ''}")

@@ -5,22 +5,23 @@
 # %% auto #0
 __all__ = ['ATTEMPTS', 'PATIENCE', 'Schedule', 'Summary', 'Watch', 'asked_to_stop', 'Coordinator', 'reproduce']
 
-# %% ../../nbs/workflow/73_scheduling.ipynb #6d8a32c5
+# %% ../../nbs/workflow/73_scheduling.ipynb #61e238cb
 import queue
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from heapq import heapify, heappop, heappush
 
-from distributed import Future, KilledWorker
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from fastcore.basics import patch
 
-from .clusters import Cluster, Workers
+from .clusters import Cluster, DaskWorkers, LocalWorkers, Workers
 from .stages import Changed, Stages
 from .workers import Setup
 
@@ -69,7 +70,7 @@ class Schedule:
             due += new
         return sorted(found, key=self.place.get)
 
-# %% ../../nbs/workflow/73_scheduling.ipynb #e77dc43e
+# %% ../../nbs/workflow/73_scheduling.ipynb #b47c42b6
 @dataclass
 class Summary:
     "What has become of the stages."
@@ -89,8 +90,11 @@ class Summary:
 class Watch:
     "Who wants to know what happens; this one does not care."
 
-    def start(self, stages: Stages, workers: Workers) -> None:
-        "The stages that are asked for, and who runs them."
+    def start(self, stages: Stages, setup: Setup) -> None:
+        "The stages that are asked for, and where their logs are."
+
+    def opened(self, workers: Workers) -> None:
+        "There are workers, since a stage has to run."
 
     def began(self, stage: str, attempt: int) -> None:
         "A stage goes to the workers, for the first, second ... time."
@@ -107,7 +111,7 @@ class Watch:
     def end(self, summary: Summary) -> None:
         "Nothing more happens."
 
-# %% ../../nbs/workflow/73_scheduling.ipynb #276ef38a
+# %% ../../nbs/workflow/73_scheduling.ipynb #d0e4c91a
 ATTEMPTS = 3  # at a stage that is killed, or whose files change while it runs
 PATIENCE = 2.0  # seconds until a stage is looked at again whose files another command of DVC holds
 
@@ -130,8 +134,13 @@ def asked_to_stop() -> Iterator[threading.Event]:
 class Coordinator:
     "One pass over the stages."
 
-    def __init__(self, stages: Stages, workers: Workers, watch: Watch):
-        self.stages, self.workers, self.watch = stages, workers, watch
+    def __init__(
+        self,
+        stages: Stages,
+        open_workers: Callable[[], Workers],  # asked once, when the first stage has to run
+        watch: Watch,
+    ):
+        self.stages, self.open_workers, self.watch, self.opened = stages, open_workers, watch, ExitStack()
         self.schedule, self.summary = Schedule(stages.needs), Summary()
         self.running: dict[str, Future] = {}
         self.attempts: dict[str, int] = {}
@@ -139,23 +148,31 @@ class Coordinator:
 
     def run(self) -> Summary:
         "Bring all stages up to date; Ctrl-C ends those that run, and the next pass goes on from there."
-        self.watch.start(self.stages, self.workers)
-        try:
-            with asked_to_stop() as stop:
-                while not stop.is_set() and self.step():
-                    self.watch.tick()
-            self.summary.stopped = stop.is_set()
-        finally:
-            self.workers.cancel(self.running.values())
-            for stage in self.running:
-                self.stages.drop(stage)
+        with self.opened:
+            try:
+                with asked_to_stop() as stop:
+                    while not stop.is_set() and self.step():
+                        self.watch.tick()
+                self.summary.stopped = stop.is_set()
+            finally:
+                if self.running:
+                    self.workers.cancel(self.running.values())
+                for stage in self.running:
+                    self.stages.drop(stage)
         self.summary.not_reached = self.schedule.after(self.summary.failed)
         self.watch.end(self.summary)
         return self.summary
 
+    @cached_property
+    def workers(self) -> Workers:
+        "Who runs the stages."
+        workers = self.opened.enter_context(self.open_workers())
+        self.watch.opened(workers)
+        return workers
+
     def step(self) -> bool:
         "Begin a stage if one can begin, and take in those that have ended; False when there is nothing left."
-        stage = self.schedule.next() if len(self.running) < self.workers.limit else None
+        stage = self.schedule.next() if not self.running or len(self.running) < self.workers.limit else None
         if stage is not None:
             self.begin(stage)
         elif not (self.running or self.schedule.later):
@@ -198,16 +215,18 @@ def collect(self: Coordinator, wait: float) -> None:
     except queue.Empty:
         pass
 
-# %% ../../nbs/workflow/73_scheduling.ipynb #b8e0bea9
+# %% ../../nbs/workflow/73_scheduling.ipynb #325364a7
 @patch
 def end(self: Coordinator, stage: str, future: Future) -> None:
     "Record a stage that has ended, or try it again, or give it up."
-    error = future.exception() if future.status == "error" else None
-    if error or future.cancelled():
-        lost = future.cancelled() or isinstance(error, KilledWorker)
+    try:
+        outcome = future.result()
+    except self.workers.lost:
         self.stages.drop(stage)
-        return self.fail(stage, "its worker was lost" if lost else f"{type(error).__name__}: {error}", again=lost)
-    outcome = future.result()
+        return self.fail(stage, "its worker was lost", again=True)
+    except Exception as error:
+        self.stages.drop(stage)
+        return self.fail(stage, f"{type(error).__name__}: {error}", again=False)
     if outcome.status:
         self.stages.drop(stage)
         self.attempts[stage] -= not outcome.wanted  # its worker had to go
@@ -240,7 +259,7 @@ def fail(self: Coordinator, stage: str, why: str, again: bool) -> None:
     else:
         self.summary.failed[stage] = why
 
-# %% ../../nbs/workflow/73_scheduling.ipynb #3edf927d
+# %% ../../nbs/workflow/73_scheduling.ipynb #227c98cd
 def reproduce(
     stages: Stages,
     cluster: Cluster,
@@ -248,5 +267,6 @@ def reproduce(
     watch: Watch | None = None,
 ) -> Summary:
     "Bring DVC's stages up to date on the workers of a cluster; where nothing has to run, none is started."
-    with Workers(cluster, setup) as workers:
-        return Coordinator(stages, workers, watch or Watch()).run()
+    kind, watch = LocalWorkers if cluster.engine == "local" else DaskWorkers, watch or Watch()
+    watch.start(stages, setup)
+    return Coordinator(stages, lambda: kind(cluster, setup), watch).run()
