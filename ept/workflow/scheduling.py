@@ -25,7 +25,7 @@ from .clusters import Cluster, DaskWorkers, LocalWorkers, Workers
 from .stages import Changed, Stages
 from .workers import Setup
 
-# %% ../../nbs/workflow/73_scheduling.ipynb #671cb4bd
+# %% ../../nbs/workflow/73_scheduling.ipynb #d1a2ec5f
 class Schedule:
     "Which stage can begin, of those that are left."
 
@@ -35,7 +35,9 @@ class Schedule:
     ):
         self.names, self.place = list(needs), {stage: i for i, stage in enumerate(needs)}
         self.missing = {stage: len(others) for stage, others in needs.items()}
-        self.feeds = {stage: [other for other in needs if stage in needs[other]] for stage in needs}
+        self.feeds = {stage: [] for stage in needs}
+        for stage, other in ((stage, other) for stage, others in needs.items() for other in others):
+            self.feeds[other].append(stage)
         self.ready = [self.place[stage] for stage in needs if not self.missing[stage]]
         self.later = []  # (time, place) of stages that are put off
         heapify(self.ready)

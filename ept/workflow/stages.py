@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['HEAD', 'WholeFiles', 'with_entry', 'Stages', 'only_coordinator', 'Changed']
 
-# %% ../../nbs/workflow/71_stages.ipynb #26ecc83a
+# %% ../../nbs/workflow/71_stages.ipynb #7aa04edd
 import fcntl
 import os
 import re
+import shutil
 import socket
 import sys
 import tempfile
@@ -122,7 +123,7 @@ def changed(
             return True
         return any(item.status() for item in (*(() if stage.frozen else stage.deps), *stage.outs))
 
-# %% ../../nbs/workflow/71_stages.ipynb #98bc323a
+# %% ../../nbs/workflow/71_stages.ipynb #f29d02e9
 @contextmanager
 def only_coordinator(
     root: str | Path,  # folder of the DVC project
@@ -138,9 +139,14 @@ def only_coordinator(
             raise RuntimeError(f"{file.read() or 'another process'} is at work in {folder.parents[1]}; wait for its end, or stop it with Ctrl-C") from None
         file.truncate(0)
         print(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]})", end="", file=file, flush=True)
-        for part in folder.glob("part-*"):  # of a process that was killed
-            part.unlink()
-        yield
+        for left in (*folder.glob("part-*"), *folder.glob("pymp-*")):  # of one that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        if len(str(folder)) < 60:  # the longest name of a socket is 107 characters
+            tempfile.tempdir = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = None
 
 # %% ../../nbs/workflow/71_stages.ipynb #b81a3b59
 class Changed(Exception):

@@ -144,7 +144,7 @@ def parser_of(profiles):
 
 def main(arguments=None):
     "Command line; the exit status."
-    files, start = profile_files(ROOT), time.monotonic()
+    files, runs, start = profile_files(ROOT), None, time.monotonic()
     chosen = parser_of(files).parse_args(arguments)
     try:
         if chosen.profile not in files:
@@ -168,6 +168,8 @@ def main(arguments=None):
     except (ValueError, FileNotFoundError, RuntimeError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except subprocess.CalledProcessError as error:  # DVC has said what was wrong
+        return error.returncode
     return conclude(summary, runs, duration(time.monotonic() - start))
 
 
