@@ -124,7 +124,7 @@ def conclude(summary, runs, took):
     if not summary.complete:
         print(f"not everything is up to date after {took}; the same command goes on from here")
         return 1
-    ended = {runs.key_of(stage, LAST) for stage in summary.made} & runs.runs.keys()
+    ended = {runs.key_of(stage, ("train", *LAST)) for stage in summary.made} & runs.runs.keys()
     print(f"{len(ended)} runs made and {len(runs.runs) - len(ended)} found up to date in {took}")
     equal, known = runs.committed()
     if known:
