@@ -36,7 +36,7 @@ BATCH = {  # batch system -> class of dask_jobqueue, how a job asks for GPUs
     "moab": ("MoabCluster", "-l gpus={}"),
 }
 
-
+# %% ../../nbs/workflow/72_clusters.ipynb #87ece987
 def gpus_here() -> int:
     "GPUs of this machine that this process may use."
     if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
@@ -44,7 +44,7 @@ def gpus_here() -> int:
     devices = Path("/proc/driver/nvidia/gpus")
     return len(list(devices.iterdir())) if devices.is_dir() else 0
 
-
+# %% ../../nbs/workflow/72_clusters.ipynb #2ade2ae8
 @dataclass(frozen=True)
 class Cluster:
     "Where stages run, and how many at a time."
@@ -125,7 +125,7 @@ def job_options(
         "worker_extra_args": ["--nthreads", str(self.slots), "--memory-limit", "0", "--lifetime", f"{max(60, seconds_of(self.walltime) - 120)}s", *offered],
     }
 
-
+# %% ../../nbs/workflow/72_clusters.ipynb #ffe3250b
 @patch
 def job_script(
     self: Cluster,
@@ -213,7 +213,7 @@ def attempt(job: Job, setup: Setup) -> Outcome:
 
     return run_job(job, setup, wanted)
 
-
+# %% ../../nbs/workflow/72_clusters.ipynb #335614df
 class DaskWorkers(Workers):
     "Those of a Dask cluster, whose scheduler runs already or is started here for the jobs of a batch system."
 

@@ -56,21 +56,24 @@ class Schedule:
         "Have a stage begin later."
         heappush(self.later, (time.monotonic() + seconds, self.place[stage]))
 
-    def done(self, stage: str) -> None:
-        "What has waited for a stage need not wait for it any more."
-        for other in self.feeds[stage]:
-            self.missing[other] -= 1
-            if not self.missing[other]:
-                heappush(self.ready, self.place[other])
+# %% ../../nbs/workflow/73_scheduling.ipynb #d1a2eczz
+@patch
+def done(self: Schedule, stage: str) -> None:
+    "What has waited for a stage need not wait for it any more."
+    for other in self.feeds[stage]:
+        self.missing[other] -= 1
+        if not self.missing[other]:
+            heappush(self.ready, self.place[other])
 
-    def after(self, stages: Iterable[str]) -> list[str]:
-        "All that needs one of these, in order."
-        found, due = set(), list(stages)
-        while due:
-            new = set(self.feeds[due.pop()]) - found
-            found |= new
-            due += new
-        return sorted(found, key=self.place.get)
+@patch
+def after(self: Schedule, stages: Iterable[str]) -> list[str]:
+    "All that needs one of these, in order."
+    found, due = set(), list(stages)
+    while due:
+        new = set(self.feeds[due.pop()]) - found
+        found |= new
+        due += new
+    return sorted(found, key=self.place.get)
 
 # %% ../../nbs/workflow/73_scheduling.ipynb #b47c42b6
 @dataclass
@@ -132,7 +135,7 @@ def asked_to_stop() -> Iterator[threading.Event]:
         for number, handler in old.items():
             signal.signal(number, handler)
 
-
+# %% ../../nbs/workflow/73_scheduling.ipynb #c9c040b9
 class Coordinator:
     "One pass over the stages."
 
@@ -172,15 +175,17 @@ class Coordinator:
         self.watch.opened(workers)
         return workers
 
-    def step(self) -> bool:
-        "Begin a stage if one can begin, and take in those that have ended; False when there is nothing left."
-        stage = self.schedule.next() if not self.running or len(self.running) < self.workers.limit else None
-        if stage is not None:
-            self.begin(stage)
-        elif not (self.running or self.schedule.later):
-            return False
-        self.collect(wait=0.2 if stage is None else 0.0)
-        return True
+# %% ../../nbs/workflow/73_scheduling.ipynb #c9c040zz
+@patch
+def step(self: Coordinator) -> bool:
+    "Begin a stage if one can begin, and take in those that have ended; False when there is nothing left."
+    stage = self.schedule.next() if not self.running or len(self.running) < self.workers.limit else None
+    if stage is not None:
+        self.begin(stage)
+    elif not (self.running or self.schedule.later):
+        return False
+    self.collect(wait=0.2 if stage is None else 0.0)
+    return True
 
 # %% ../../nbs/workflow/73_scheduling.ipynb #172e9c68
 @patch
@@ -243,7 +248,7 @@ def end(self: Coordinator, stage: str, future: Future) -> None:
         self.summary.made[stage] = outcome.seconds
         self.done(stage, outcome.seconds)
 
-
+# %% ../../nbs/workflow/73_scheduling.ipynb #a4ac6601
 @patch
 def done(self: Coordinator, stage: str, seconds: float | None) -> None:
     "A stage is up to date."

@@ -214,7 +214,7 @@ def drop(
         held.close()
     return before
 
-
+# %% ../../nbs/workflow/71_stages.ipynb #39cf84e4
 @patch
 def _record(self: Stages, stage):
     "Hash the outputs, put those into the cache that belong there, and write the lock."

@@ -115,7 +115,7 @@ def _run_in_shell(command):
     bare = {"bash": ["--noprofile", "--norc"], "zsh": ["--no-rcs"]}.get(os.path.basename(shell), [])
     return subprocess.call([shell, *bare, "-c", command])
 
-
+# %% ../../nbs/workflow/70_workers.ipynb #ae696b19
 def _die_with_parent():
     "End this process and its children when the worker is gone."
     wait([multiprocessing.parent_process().sentinel])
