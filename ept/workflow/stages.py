@@ -141,12 +141,13 @@ def only_coordinator(
         print(f"process {os.getpid()} on {socket.gethostname()} ({' '.join(sys.argv)[:200]})", end="", file=file, flush=True)
         for left in (*folder.glob("part-*"), *folder.glob("pymp-*")):  # of one that was killed
             shutil.rmtree(left) if left.is_dir() else left.unlink()
+        usual = tempfile.tempdir
         if len(str(folder)) < 60:  # the longest name of a socket is 107 characters
             tempfile.tempdir = str(folder)
         try:
             yield
         finally:
-            tempfile.tempdir = None
+            tempfile.tempdir = usual
 
 # %% ../../nbs/workflow/71_stages.ipynb #b81a3b59
 class Changed(Exception):
@@ -194,9 +195,9 @@ def finish(
     name: str,  # address of a stage that was begun and has ended well
 ) -> None:
     "Record it; `Changed` if what it depends on is not what it was, an error of DVC if an output is missing."
-    stage = self.stages[name]
-    before = self.drop(name)
+    stage, (held, before) = self.stages[name], self.begun.pop(name)
     with self._dvc():
+        held.close()
         stage.save_deps()
         if other := [str(dep) for dep, was in zip(stage.deps, before) if dep.hash_info != was]:
             raise Changed(f"{', '.join(other)} changed while it ran")
@@ -206,13 +207,12 @@ def finish(
 @patch
 def drop(
     self: Stages,
-    name: str,  # address of a stage that was begun
-) -> list:
-    "Let go of its files; the hashes of what it depended on when it began."
-    held, before = self.begun.pop(name)
+    name: str,  # address of a stage that was begun and has not ended well
+) -> None:
+    "Let go of its files."
+    held, _ = self.begun.pop(name)
     with self._dvc():
         held.close()
-    return before
 
 # %% ../../nbs/workflow/71_stages.ipynb #39cf84e4
 @patch
