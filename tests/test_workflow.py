@@ -261,6 +261,36 @@ def test_what_a_stage_has_started_ends_with_it(tmp_path):
     wait_until(lambda: not below(tmp_path), 5)
 
 
+PRELOADED = """
+import sys
+from ept.workflow.workers import Job, Setup, run_job
+folder = sys.argv[1]
+setup = Setup(folder + "/logs", folder + "/locks", preload=("costly",), path=(folder + "/modules",))
+for name in "ab":
+    job = Job(name, ("python stage.py",), folder)
+    assert not run_job(job, setup).status, setup.log_of(name).read_text()
+open(folder + "/main", "a").write(__name__ + " ")
+"""
+
+
+def test_the_fork_server_imports_the_modules_once_and_the_main_program_never(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "costly.py").write_text(f"import os\nwith open({str(tmp_path / 'imported')!r}, 'a') as f: print(os.getpid(), file=f)\n")
+    (tmp_path / "stage.py").write_text("import os, costly\nwith open('stages', 'a') as f: print(os.getpid(), os.environ['PYTHONPATH'] or 'none', file=f)\n")
+    (tmp_path / "program.py").write_text(PRELOADED)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], check=True, env=environment, timeout=60)
+    imported, stages = ((tmp_path / name).read_text().split("\n")[:-1] for name in ("imported", "stages"))
+    assert len(imported) == 1 and len(stages) == 2, "one import for all stages"
+    assert all(line.endswith(" none") for line in stages), "a stage's own commands find the modules that they would find without us"
+    assert (tmp_path / "main").read_text() == "__main__ ", "no stage has run the program that started it"
+
+
+def test_a_module_that_cannot_be_imported_beforehand_is_told_in_the_log(tmp_path):
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"), preload=("no_such_module_here",))
+    assert run_job(Job("a", ("true",), str(tmp_path)), setup).error == "ModuleNotFoundError: No module named 'no_such_module_here'"
+
+
 def test_no_two_processes_are_at_one_stage(tmp_path):
     """A worker that was lost may still be on its way out when another begins the stage."""
     setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))

@@ -8,6 +8,7 @@ __all__ = ['SHELL', 'Job', 'Setup', 'Outcome', 'script_of', 'last_line', 'run_jo
 # %% ../../nbs/workflow/70_workers.ipynb #87816c09
 import fcntl
 import hashlib
+import importlib
 import multiprocessing
 import os
 import queue
@@ -20,6 +21,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -122,16 +124,24 @@ def _die_with_parent():
     os.killpg(0, signal.SIGKILL)
 
 
-def _process(job, log, lock, environment):
+def _import(modules, folders):
+    "Import what the fork server has not; an error in one of them is seen here, where a log is open."
+    sys.path.extend(folder for folder in folders if folder not in sys.path)
+    for module in modules:
+        importlib.import_module(module)
+
+
+def _process(job, setup, environment):
     "What a stage's process does."
     os.setsid()
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    with open(log, "ab") as file, open(os.devnull) as nothing:
+    with open(setup.log_of(job.stage), "ab") as file, open(os.devnull) as nothing:
         for stream, target in ((nothing, 0), (file, 1), (file, 2)):
             os.dup2(stream.fileno(), target)
-    with open(lock, "w") as held:
+    with open(setup.lock_of(job.stage), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)  # an earlier attempt may still be on its way out
         os.environ.update(environment)
+        _import(setup.preload, setup.path)
         os.chdir(job.folder)
         status = 0
         for command in job.commands:
@@ -145,13 +155,23 @@ def _process(job, log, lock, environment):
         os._exit(status)  # taking a process apart that has imported much takes long
 
 # %% ../../nbs/workflow/70_workers.ipynb #20964031
-@cache
-def _context(preload, path):
-    "Whence the processes of stages are forked."
-    sys.path.extend(folder for folder in path if folder not in sys.path)
+_STARTS = threading.Lock()
+
+
+def _start(setup, target, *arguments):
+    "A new process, forked from one that has imported the libraries."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__, *preload])
-    return context
+    with _STARTS:
+        main, folders = sys.modules["__main__"], os.environ.get("PYTHONPATH", "")
+        try:
+            sys.modules["__main__"] = types.ModuleType("__main__")
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (*setup.path, folders)))
+            context.set_forkserver_preload([__name__, *setup.preload])
+            process = context.Process(target=target, args=arguments)
+            process.start()
+        finally:
+            sys.modules["__main__"], os.environ["PYTHONPATH"] = main, folders
+    return process
 
 
 @cache
@@ -200,8 +220,7 @@ def run_job(
         file.parent.mkdir(parents=True, exist_ok=True)
     with _offer(job, setup) as offered:
         began, start = log.stat().st_size if log.exists() else 0, time.monotonic()
-        process = _context(setup.preload, setup.path).Process(target=_process, args=(job, log, lock, offered | job.environment))
-        process.start()
+        process = _start(setup, _process, job, setup, {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | offered | job.environment)
         try:
             while (asked := wanted()) and not wait([process.sentinel], timeout=0.5):
                 pass
