@@ -18,7 +18,7 @@ from ept.model.modeling import EPTModel
 from tests.conftest import MODELS, WIDTH, tiny_llama, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = Path(os.environ.get("EPT_PEERS", ROOT.parent / "shared" / "peers"))
+PEERS = Path(os.environ.get("EPT_TEST_PEERS", ROOT.parent / "shared" / "peers"))
 SIZES = dict(prompt_length=10, short_length=4, max_length=12)
 IDS, MASK = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
 
@@ -75,7 +75,7 @@ class TestDePT:
     @pytest.mark.parametrize("task, length, rank", [("cola", 80, 15), ("sst2", 60, 30)])
     def test_the_released_adapters(self, task, length, rank):
         if not (PEERS / "dept" / task).is_dir():
-            pytest.skip(f"DePT's released adapters are not at hand ({PEERS / 'dept' / task}); set EPT_PEERS to a folder with dept/{task}")
+            pytest.skip(f"DePT's released adapters are not at hand ({PEERS / 'dept' / task}); set EPT_TEST_PEERS to a folder with dept/{task}")
         config = T5Config(d_model=768, d_kv=64, d_ff=64, num_layers=1, num_heads=12, vocab_size=128, decoder_start_token_id=0)
         backbone = T5ForConditionalGeneration(config).eval()
         model = import_dept(backbone, PEERS / "dept" / task)

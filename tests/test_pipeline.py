@@ -19,8 +19,7 @@ from tests.miniature import BIN, PARAMETERS, ROOT, TASKS, Clone
 
 
 def ask(*arguments):
-    environment = {k: v for k, v in os.environ.items() if k != "EPT_WARM"}
-    return subprocess.run([sys.executable, "nbs/pipelines/run.py", *arguments], cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "nbs/pipelines/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,16 @@
 __all__ = ['subsample', 'skip', 'few_shot', 'TaskData', 'load_task']
 
 # %% ../../nbs/data/03_loading.ipynb #bcfdd9c1
+import datetime
+import io
 import json
 import logging
+import numbers
+import os
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Hashable, Mapping
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -22,23 +28,13 @@ from huggingface_hub import snapshot_download
 
 from .parts import PARTS, part_of, shared_text, sharing
 from .tasks import SPLIT_SEED, SPLITS, Task, get_task
-from ..utils.checking import unknown
+from ..utils.checking import check_count, unknown
 from ..utils.files import repository_root
+from ..utils.reading import read_text
 
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/data/03_loading.ipynb #5a15860e
-def _ways(task):
-    "How to get the data: the end of every error message."
-    own = "give your own tables: load_task(task, source={'train': frame, 'validation': frame, 'test': frame})"
-    if task.hub is None:
-        named = f"the files that the task names are {', '.join(map(str, task.data.files.values()))}; or " if task.data else ""
-        return f" Ways to get data: {named}{own}."
-    return (f" Ways to get the data: source='embedded' uses the artificial sets of this repository; source='local' with "
-            f"folder=FOLDER reads FOLDER/{task.hub.folder}/{task.hub.splits[0]}.parquet and its siblings; source='hub' "
-            f"downloads {task.hub.repository} ({task.hub.config}); or {own}.")
-
-
 def _label_column(task):
     "The column of a given table that holds the labels."
     return task.data.label if task.data else "label"
@@ -46,25 +42,41 @@ def _label_column(task):
 
 def _check_columns(task, frame, where):
     "Refuse a table without rows or without a column."
-    missing = [c for c in task.columns if c not in frame.columns]
+    names = list(frame.columns)
+    if twice := [c for c in task.columns if names.count(c) > 1]:
+        raise ValueError(f"{where}: {names.count(twice[0])} columns are called {twice[0]!r}; keep one of them")
+    missing = [c for c in task.columns if c not in names]
     if missing:
-        raise ValueError(f"{where}: column {missing[0]!r} is missing; the columns are {list(frame.columns)} and task "
-                         f"{task.name!r} needs {list(task.columns)}.{_ways(task)}")
+        raise ValueError(f"{where}: column {missing[0]!r} is missing; the columns are {names} and task "
+                         f"{task.name!r} needs {list(task.columns)}")
     if not len(frame):
-        raise ValueError(f"{where}: the split is empty; task {task.name!r} needs at least one row in it.{_ways(task)}")
+        raise ValueError(f"{where}: the split is empty; task {task.name!r} needs at least one row in it")
 
 # %% ../../nbs/data/03_loading.ipynb #ab4abc2e
+PLAIN = (str, numbers.Number, np.generic, datetime.date, datetime.time, datetime.timedelta)  # what a cell may be, beside nothing
+
+
+def _cells(frame, column, where):
+    "The cells of a column as they are, and whether each is empty; `ValueError` for one that is no text, number or date."
+    values = list(frame[column].astype(object))
+    absent = frame[column].isna().tolist()
+    for row, value in enumerate(values):
+        if absent[row]:
+            continue
+        if not isinstance(value, PLAIN) or isinstance(value, np.bytes_):
+            raise ValueError(f"{where}: row {row}, column {column!r}: {value!r:.80} is a {type(value).__name__}; it must be one text, number or date")
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise ValueError(f"{where}: row {row}, column {column!r}: {value!r:.80} has half of a letter that takes two; bring the text anew, in its own encoding")
+    return values, absent
+
+
 def _texts(task, frame, field, where):
     "A text column as strings; an empty text is refused unless the task allows it."
-    values = frame[field]
-    absent = values.isna().to_numpy(dtype=bool)
-    texts = values.astype(object).where(~absent, "").map(str)
-    if field not in task.may_be_empty:
-        empty = np.flatnonzero(texts.str.strip() == "")
-        if len(empty):
-            more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-            raise ValueError(f"{where}: row {empty[0]}, column {field!r}: the text is empty{more}; "
-                             f"remove the row or fill it in.{_ways(task)}")
+    texts = ["" if empty else str(value) for value, empty in zip(*_cells(frame, field, where))]
+    empty = [] if field in task.may_be_empty else [row for row, text in enumerate(texts) if not text.strip()]
+    if empty:
+        more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
+        raise ValueError(f"{where}: row {empty[0]}, column {field!r}: the text is empty{more}; remove the row or fill it in")
     return texts
 
 # %% ../../nbs/data/03_loading.ipynb #42c8a864
@@ -72,44 +84,55 @@ def _label(task, value):
     "The number of a label (its value as a float for regression); None for an invalid one."
     if task.regression:
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = float(value) if isinstance(value, (str, numbers.Number)) and not isinstance(value, bool) and "_" not in str(value) else None
+        except (TypeError, ValueError, OverflowError):
             return None
-        return number if float(task.labels[0]) <= number <= float(task.labels[-1]) else None
-    text = re.sub(r"^([+-]?\d+)\.0+$", r"\1", str(value).strip())  # 1.0 is what pandas makes of 1 beside an empty cell
+        return number if number is not None and float(task.labels[0]) <= number <= float(task.labels[-1]) else None
+    text = re.sub(r"^([+-]?[0-9]+)\.0+$", r"\1", str(value).strip())  # 1.0 is what pandas makes of 1 beside an empty cell
     if text in task.labels:
         return task.labels.index(text)
     if isinstance(value, (bool, np.bool_)):
         text = str(int(value))
-    if all(label.lstrip("+-").isdecimal() for label in task.labels) or not text.isdecimal():
+    if all(label.lstrip("+-").isdecimal() for label in task.labels) or not re.fullmatch("[0-9]{1,9}", text):
         return None
     return int(text) if int(text) < len(task.labels) else None
 
 # %% ../../nbs/data/03_loading.ipynb #79df19c0
 def _labels(task, values, where):
     "The label column as numbers; a label out of range is refused."
-    values = list(values)
-    known = {value: _label(task, value) for value in dict.fromkeys(values)}
+    values, known = list(values), {}
     for row, value in enumerate(values):
-        if known[value] is None:
+        if not isinstance(value, Hashable) or isinstance(value, (tuple, frozenset)):
+            raise ValueError(f"{where}: row {row}, column {_label_column(task)!r}: {value!r:.80} is a {type(value).__name__}, and a row has one label; give one text or number")
+        key = type(value), value  # to Python, True and 1 are the same
+        if key not in known:
+            known[key] = _label(task, value)
+        if known[key] is None:
             allowed = (f"a number from {task.labels[0]} to {task.labels[-1]}" if task.regression else
                        f"one of {list(task.labels)} or their numbers from 0 to {len(task.labels) - 1}")
             hidden = "; -1 marks the hidden labels of a benchmark's test split, which cannot be used" if str(value) == "-1" else ""
             raise ValueError(f"{where}: row {row}, column {_label_column(task)!r}: {value!r} is no label of task {task.name!r}; "
-                             f"it must be {allowed}{hidden}.{_ways(task)}")
-    return np.array([known[value] for value in values], dtype=np.float32 if task.regression else np.int64)
+                             f"it must be {allowed}{hidden}")
+    return np.array([known[type(value), value] for value in values], dtype=np.float32 if task.regression else np.int64)
 
 # %% ../../nbs/data/03_loading.ipynb #a2d111d4
+def _groups(task, frame, where):
+    "The group column as whole numbers or as texts, so that what is equal is equal from the start."
+    values, absent = _cells(frame, task.group, where)
+    if any(absent):
+        raise ValueError(f"{where}: row {absent.index(True)}, column {task.group!r}: no value; it ties rows together")
+    if all(isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(value) < 2**63 for value in values):
+        return np.array(values, dtype="int64")
+    return list(map(str, values))
+
+
 def _checked(task, frame, where):
     "A frame of the task's columns alone, checked: texts, label numbers, group."
     _check_columns(task, frame, where)
-    columns = {field: _texts(task, frame, field, where).to_numpy() for field in task.fields}
+    columns = {field: _texts(task, frame, field, where) for field in task.fields}
     columns["label"] = _labels(task, frame["label"], where)
     if task.group:
-        absent = np.flatnonzero(frame[task.group].isna())
-        if len(absent):
-            raise ValueError(f"{where}: row {absent[0]}, column {task.group!r}: no value; it ties rows together.{_ways(task)}")
-        columns[task.group] = frame[task.group].to_numpy()
+        columns[task.group] = _groups(task, frame, where)
     return pd.DataFrame(columns)
 
 # %% ../../nbs/data/03_loading.ipynb #b0060bfd
@@ -127,22 +150,40 @@ def _read_parquet(task, path):
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); get the file anew.{_ways(task)}") from error
+        raise ValueError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); get the file anew") from error
     features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else None
     return _by_name(task, table.to_pandas(), features)
 
 
 def _read_json(path, lines):
     "The records of a JSON file: a list of them, or one a line."
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines() if line.strip()] if lines else json.loads(text)
+    text = read_text(path)
+    records = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)  # a text may hold other ends of line
+    if isinstance(records, list) and not all(isinstance(record, dict) for record in records):
+        raise ValueError("a record is no mapping of columns to values")
+    return pd.DataFrame(records, dtype=object)
 
+# %% ../../nbs/data/03_loading.ipynb #03csv001
+def _read_csv(path, separator):
+    "The cells of a CSV file as texts; a row of more cells than there are columns is refused."
+    text = read_text(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            header = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, header=None, nrows=1)
+            frame = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, keep_default_na=False, index_col=False)
+        except pd.errors.ParserWarning:
+            raise ValueError(f"rows have more cells than the {len(header.columns)} columns of the first line; put quotes around a text that holds {separator!r}") from None
+    if len(frame.columns) == len(header.columns):
+        frame.columns = header.iloc[0].tolist()  # as they stand there, also where two are the same
+    return frame
 
+# %% ../../nbs/data/03_loading.ipynb #03csv002
 def _read_file(task, path):
     "A CSV, TSV, JSONL, JSON or parquet file as a frame."
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}.{_ways(task)}")
+        raise FileNotFoundError(f"there is no file {path}")
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _read_parquet(task, path)
@@ -150,10 +191,10 @@ def _read_file(task, path):
         raise ValueError(f"{path}: files of the kind {kind!r} are not read; known kinds: .csv, .tsv, .jsonl, .json, .parquet")
     try:
         if kind in (".csv", ".tsv"):
-            return pd.read_csv(path, sep="\t" if kind == ".tsv" else ",", dtype=str, keep_default_na=False)
-        return pd.DataFrame(_read_json(path, kind == ".jsonl"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read as {kind[1:]}: {error}") from error
+            return _read_csv(path, "\t" if kind == ".tsv" else ",")
+        return _read_json(path, kind == ".jsonl")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as {kind[1:]}: {str(error).strip().removeprefix(f'{path} ')}") from error
 
 # %% ../../nbs/data/03_loading.ipynb #cf7a7be2
 def _units(task, rows):
@@ -200,7 +241,7 @@ def _read_split(task, folder, split):
     "The hub's rows of one split, checked."
     files = _parquet_files(folder, split)
     if not files:
-        raise FileNotFoundError(f"there is no file {folder / split}.parquet for task {task.name!r}.{_ways(task)}")
+        raise FileNotFoundError(f"there is no file {folder / split}.parquet for task {task.name!r}")
     where = files[0] if len(files) == 1 else folder / split
     frame = pd.concat([_read_parquet(task, f) for f in files], ignore_index=True)
     return _from_hub(task, frame, where)
@@ -212,14 +253,14 @@ def _from_hub(task, frame, where):
         try:
             frame = task.hub.derive(frame)
         except KeyError as error:
-            raise ValueError(f"{where}: column {error.args[0]!r} is missing; the columns are {list(frame.columns)}.{_ways(task)}") from error
+            raise ValueError(f"{where}: column {error.args[0]!r} is missing; the columns are {list(frame.columns)}") from error
     return _checked(task, frame, where)
 
 # %% ../../nbs/data/03_loading.ipynb #dfe72fa3
 def _from_folder(task, folder):
     "The public splits of a benchmark from a folder in the hub's layout."
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"there is no data folder {folder}.{_ways(task)}")
+        raise FileNotFoundError(f"there is no data folder {folder}")
     return _public(task, lambda split: _read_split(task, Path(folder) / task.hub.folder, split))
 
 
@@ -237,7 +278,7 @@ def _from_embedded(task, folder):
         return {**frames, "test": _read_split(task, place, "test")} if public else frames
     synthetic = import_module("ept.data.synthetic")  # by name: a stage reads rows from files, and the grammar is no part of its code
     if task.name not in synthetic.MAKERS:
-        raise ValueError(f"no rows are made up for task {task.name!r}; there are some for {', '.join(synthetic.MAKERS)}.{_ways(task)}")
+        raise ValueError(f"no rows are made up for task {task.name!r}; there are some for {', '.join(synthetic.MAKERS)}")
     made = synthetic.make_task(task.name)
     return _public(task, lambda split: _from_hub(task, made[split], f"embedded {task.name}, {split}"))
 
@@ -258,7 +299,7 @@ def _snapshot(task, revision):
             return folder
         failures.append(f"revision {place or 'main'}: no parquet files for {', '.join(hub.splits)}")
     raise ConnectionError(f"the data set {hub.repository} ({hub.config}) cannot be downloaded from the hub and is not in its cache; "
-                          f"{'; '.join(failures)}.{_ways(task)}")
+                          f"{'; '.join(failures)}")
 
 
 def _from_hub_snapshot(task, revision):
@@ -276,26 +317,31 @@ def _to_frame(task, table, split):
         table = _by_name(task, table.with_format(None).to_pandas(), table.features)
     elif not isinstance(table, pd.DataFrame):
         try:
-            table = pd.DataFrame(table)
-        except ValueError as error:
+            table = pd.DataFrame(table, dtype=object)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{where} is a {type(table).__name__}; give a pandas frame, a file or a datasets.Dataset") from error
     column = _label_column(task)
+    if list(table.columns).count(column) > 1:
+        raise ValueError(f"{where}: {list(table.columns).count(column)} columns are called {column!r}, which holds the labels; keep one of them")
     if column not in table.columns:
-        raise ValueError(f"{where}: column {column!r} is missing, which holds the labels; the columns are {list(table.columns)}.{_ways(task)}")
+        raise ValueError(f"{where}: column {column!r} is missing, which holds the labels; the columns are {list(table.columns)}")
     return _checked(task, table.assign(label=table[column]).reset_index(drop=True), where)
 
 
 def _from_tables(task, source):
     "The splits that a user gives: one table, tables by split, or a folder of them."
     if isinstance(source, (str, Path)) and Path(source).is_dir():
-        source = {f.stem: f for f in sorted(Path(source).iterdir()) if f.stem in SPLITS and f.suffix != ".dvc"}
+        files = [f for f in sorted(Path(source).iterdir()) if f.stem in SPLITS and f.suffix != ".dvc"]
+        if twice := [f for f, before in zip(files[1:], files) if f.stem == before.stem]:
+            raise ValueError(f"{source} has more than one file {twice[0].stem}.*; name the one that is meant: load_task(task, {{'{twice[0].stem}': {str(twice[0])!r}, ...}})")
+        source = {f.stem: f for f in files}
     if not isinstance(source, dict):
         source = {"train": source}
     for split in source:
         if split not in SPLITS:
             raise unknown("split", split, SPLITS)
     if "train" not in source:
-        raise ValueError(f"no training table is given, only {list(source)}.{_ways(task)}")
+        raise ValueError(f"no training table is given, only {list(source)}")
     return {split: _to_frame(task, table, split) for split, table in source.items()}
 
 # %% ../../nbs/data/03_loading.ipynb #41bb9f17
@@ -327,8 +373,7 @@ def subsample(
     size: int,  # at most so many rows; whole groups where the task has them
 ) -> Dataset:
     "At most `size` rows drawn at random with the seed of the splits, in the original order."
-    if size < 1:
-        raise ValueError(f"subsample is {size}; it must be at least 1")
+    check_count("subsample", size)
     return data if len(data) <= size else data.select(_draw(get_task(task), data, size))
 
 
@@ -338,8 +383,7 @@ def skip(
     size: int,  # of the draw whose rows are left out
 ) -> Dataset:
     "The rows that `subsample` of this size does not take, in the original order; `ValueError` where it takes all."
-    if size < 1:
-        raise ValueError(f"skip is {size}; it must be at least 1")
+    check_count("skip", size)
     taken = np.arange(len(data)) if len(data) <= size else _draw(get_task(task), data, size)
     if len(taken) == len(data):
         raise ValueError(f"skip is {size}, and the split has {len(data)} rows, so that none is left; skip fewer, or leave this task out")
@@ -356,8 +400,9 @@ def few_shot(
     seed: int,  # the run's seed
 ) -> Dataset:
     "`shots` examples of each class drawn at random, in the original order."
-    if shots < 1:
-        raise ValueError(f"shots is {shots}; it must be at least 1, or None for all training examples")
+    check_count("shots", shots)
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"the seed of the shots is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
     task = get_task(task)
     classes = np.round(np.asarray(data["label"])).astype(int)
     random, drawn = np.random.RandomState(seed), []
@@ -384,21 +429,46 @@ def _to_dataset(task, frame):
     if task.group:
         whole = pd.api.types.is_integer_dtype(frame[task.group])
         kinds[task.group] = Value("int64" if whole else "string")
-        frame = frame.astype({task.group: "int64" if whole else str})
     return Dataset.from_dict({name: frame[name].tolist() for name in kinds}, features=Features(kinds))
 
+# %% ../../nbs/data/03_loading.ipynb #03way002
+def _ways(task):
+    "How to get the rows of a task."
+    own = "give your own tables: load_task(task, source={'train': frame, 'validation': frame, 'test': frame})"
+    if task.hub is None:
+        return f"Ways to get data: {own}."
+    return (f"Ways to get the data: source='embedded' uses the artificial sets of this repository; source='local' with "
+            f"folder=FOLDER reads FOLDER/{task.hub.folder}/{task.hub.splits[0]}.parquet and its siblings; source='hub' "
+            f"downloads {task.hub.repository} ({task.hub.config}); or {own}.")
 
+
+@contextmanager
+def _and_the_ways(task):
+    "Add to an error how to get the rows."
+    try:
+        yield
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        kind = next(kind for kind in (FileNotFoundError, ConnectionError, ValueError) if isinstance(error, kind))
+        raise kind(f"{error}. {_ways(task)}") from error
+
+# %% ../../nbs/data/03_loading.ipynb #03way003
 def _load_frames(task, source, folder, revision):
     "The given splits, whether the task is small, the name of the source and its commit."
     if source is None:
         source = task.data.files if task.data else "embedded"
     if not isinstance(source, str) or source not in ("embedded", "local", "hub"):
-        if isinstance(source, str) and not Path(source).suffix and "/" not in source and not Path(source).exists():
+        if isinstance(source, str) and not Path(source).suffix and "/" not in source and not os.path.exists(source):
             raise unknown("source", source, ("embedded", "local", "hub"))
         frames = _from_tables(task, source)
         return frames, len(frames["train"]) < 10_000, "tables", None
+    with _and_the_ways(task):
+        return _from_benchmark(task, source, folder, revision)
+
+
+def _from_benchmark(task, source, folder, revision):
+    "The same for a benchmark."
     if task.hub is None:
-        raise ValueError(f"task {task.name!r} is none of the benchmarks; it has no data in source {source!r}.{_ways(task)}")
+        raise ValueError(f"task {task.name!r} is none of the benchmarks; it has no data in source {source!r}")
     if source == "embedded":
         frames = _from_embedded(task, folder)
         return frames, len(frames["train"]) < 10_000, source, None
@@ -406,7 +476,7 @@ def _load_frames(task, source, folder, revision):
         frames, commit = _from_hub_snapshot(task, revision)
         return frames, task.hub.small, source, commit
     if folder is None:
-        raise ValueError(f"source='local' needs folder=, where {task.hub.folder}/{task.hub.splits[0]}.parquet lies.{_ways(task)}")
+        raise ValueError(f"source='local' needs folder=, where {task.hub.folder}/{task.hub.splits[0]}.parquet lies")
     return _from_folder(task, folder), task.hub.small, source, None
 
 # %% ../../nbs/data/03_loading.ipynb #fa2df78e

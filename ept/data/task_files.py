@@ -10,21 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import get_origin
 
-import yaml
-
 from .tasks import Task
 from ..utils.checking import check_name, from_dict, unknown
-
-# %% ../../nbs/data/01a_task_files.ipynb #79978d74
-def _read_texts(file):
-    "The mapping of a YAML file, with every value as the string that is written there."
-    try:
-        values = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no mapping; a task file has lines such as `fields: [text]` and `labels: [bad, good]`")
-    return values
+from ..utils.reading import read_yaml
 
 # %% ../../nbs/data/01a_task_files.ipynb #df3bf968
 _KEYS = {f.name: get_origin(f.type) is tuple for f in fields(Task) if f.name not in ("name", "hub")}  # of a task file: whether it is a list of names
@@ -54,7 +42,7 @@ def read_task(
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"there is no task file {file}; it holds at least fields, labels and data")
-    values = _read_texts(file)
+    values = read_yaml(file, texts=True)
     _check_file(file, values)
     values["regression"] = values.get("regression") == "true"
     if isinstance(values["data"], dict):

@@ -8,7 +8,6 @@ __all__ = ['TRAINING', 'SIZES', 'resolve', 'check', 'stated_values', 'check_size
 # %% ../../nbs/grid/51_configuration.ipynb #07c54ae2
 import dataclasses
 import itertools
-import json
 from typing import Any
 
 from transformers import AutoConfig
@@ -19,6 +18,7 @@ from ..model.saving import sizes_of
 from ..prompt.soft import EPTConfig
 from ..training.config import RATES, TrainingConfig
 from ..utils.checking import from_dict, unknown
+from ..utils.reading import read_json
 
 # %% ../../nbs/grid/51_configuration.ipynb #d7082c01
 TRAINING = tuple(f.name for f in dataclasses.fields(TrainingConfig))  # how a run is trained
@@ -59,14 +59,22 @@ def check(
         for name in values:
             if name not in (*TRAINING, *SIZES):
                 raise ValueError(f"{where}: {unknown('parameter', name, (*TRAINING, *SIZES))}")
-    for name in profile.sources:
-        if name not in (*TRAINING, "shared_steps"):
-            raise ValueError(f"sources: {unknown('parameter', name, (*TRAINING, 'shared_steps'))}")
+    width = _width(profile)
     for run in (*profile.runs(), *profile.sweep_runs(), *profile.source_plans()):
-        resolve(run)
+        _check_run(run, width)
     _check_search(profile)
-    check_sizes(profile, _width(profile))
+    check_sizes(profile, width)
     return profile
+
+
+def _check_run(run, width):
+    "Refuse sizes that a run could not have, also over its budget where the backbone's width is known."
+    method, sizes = get_method(run.method), resolve(run)[1]
+    if width and not method.adapts and method.trained:
+        try:
+            method.kind.num_parameters(*method.resolve(sizes, run.key), width)
+        except ValueError as error:
+            raise ValueError(f"{run.key}: {error}") from error
 
 
 def _list_of(grid, method):
@@ -142,5 +150,5 @@ def read_choice(
     if not file.exists():
         profile = plan.profile.search.origin or plan.profile.profile
         raise FileNotFoundError(f"{file} is missing; run the search stage of {plan.method} first (make reproduce PROFILE={profile})")
-    record = json.loads(file.read_text())
+    record = read_json(file, f"remove it and run the search stage of {plan.method} again (make reproduce)", ("profile", "method", "chosen"))
     return {"from": {"profile": record["profile"], "method": record.get("like", record["method"])}, "chosen": record["chosen"]}

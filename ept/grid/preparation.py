@@ -6,7 +6,6 @@
 __all__ = ['write_rows', 'read_rows', 'prepare', 'rows_chosen']
 
 # %% ../../nbs/grid/52_preparation.ipynb #0b166601
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -17,6 +16,7 @@ from ..data.loading import load_task
 from ..data.tasks import SPLITS
 from .profiles import Paths, Profile
 from ..utils.files import write_json
+from ..utils.reading import read_json
 from ..utils.settings import load_settings
 
 # %% ../../nbs/grid/52_preparation.ipynb #34f70281
@@ -84,5 +84,5 @@ def rows_chosen(
     folder: str | Path,  # written by `prepare`
 ) -> dict:  # `part`: its name, the columns that decide, and rows of each part; `skip`: size of the draw by split; without entries where all rows were taken
     "Which rows of a task were left out before any were drawn."
-    described = json.loads((Path(folder) / "task.json").read_text())
+    described = read_json(Path(folder) / "task.json", f"remove {folder} and prepare the task again (make reproduce)")
     return {name: described[name] for name in ("part", "skip") if name in described}

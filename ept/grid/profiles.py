@@ -7,19 +7,21 @@ __all__ = ['SWEPT', 'TEXT', 'BackboneChoice', 'DataChoice', 'Grid', 'Search', 'S
            'Paths', 'profile_files', 'load_profile']
 
 # %% ../../nbs/grid/50_profiles.ipynb #80b5e95c
-import json
-from dataclasses import asdict, dataclass, field
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fastcore.basics import patch
 
 from ..data.task_files import read_task
 from ..data.tasks import SPLITS, TASKS, Task, get_task
 from ..methods.catalogue import SHARED
+from ..training.config import TrainingConfig
 from ..utils.checking import check_name, check_range, from_dict, unknown
 from ..utils.files import repository_root
+from ..utils.reading import read_json, read_yaml
 
 # %% ../../nbs/grid/50_profiles.ipynb #7a515d7b
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class BackboneChoice:
     update: str | None = None  # folder of a low-rank update that is merged into it, relative to the repository's root
 
     def __post_init__(self):
+        _check_hub_id(self)
         _check_inside("backbone.folder", self.folder)
         _check_inside("backbone.update", self.update)
         if self.folder and self.base:
@@ -41,10 +44,24 @@ class BackboneChoice:
             raise ValueError(f"backbone.update is {self.update!r}, which makes another model of {self.name!r}; name that one backbone.base, and the new one otherwise")
 
 
-def _check_inside(name, folder):
-    "Refuse a folder outside of the repository: DVC would not follow it, and another machine would not have it."
-    if folder is not None and (Path(folder).is_absolute() or ".." in Path(folder).parts):
-        raise ValueError(f"{name} is {folder!r}; give a path from the repository's root that stays inside it, such as 'models/tiny-gpt2'")
+def _check_hub_id(backbone):
+    "Refuse what can be neither a name nor a hub id, such as a way to a folder elsewhere."
+    for name in ("name", "base"):
+        given = getattr(backbone, name)
+        if given is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?", given):
+            raise ValueError(f"backbone.{name} is {given!r}; it must be a name such as smollm2, or a hub id such as org/model; a folder is named in backbone.folder")
+    if backbone.revision is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", backbone.revision):
+        raise ValueError(f"backbone.revision is {backbone.revision!r}; it must be a commit, a tag or a branch on the hub")
+
+
+def _check_inside(name, path):
+    "Refuse a path out of the repository, which DVC would not follow and another machine would not have, and one that DVC would read as something else."
+    if path is None:
+        return
+    if Path(path).is_absolute() or ".." in Path(path).parts or not path.strip() or path == ".":
+        raise ValueError(f"{name} is {path!r}; give a path from the repository's root that stays inside it, such as 'models/tiny-gpt2'")
+    if not path.isprintable() or "${" in path or "\\" in path:
+        raise ValueError(f"{name} is {path!r}; a path must not have '${{', a backslash, or a letter that cannot be seen: call it otherwise")
 
 # %% ../../nbs/grid/50_profiles.ipynb #7ce6c634
 @dataclass(frozen=True)
@@ -70,9 +87,12 @@ class DataChoice:
         _check_inside("data.folder", self.folder)
         if self.part not in (None, "prompts") or (self.part and self.source != "benchmark"):
             raise ValueError(f"data.part is {self.part!r} and data.source {self.source!r}; only benchmarks are parted, and prompts get the part 'prompts'")
-        for split in (*self.subsample, *self.skip):
-            if split not in SPLITS:
-                raise unknown("split", split, SPLITS)
+        for name, sizes in (("subsample", self.subsample), ("skip", self.skip)):
+            for split, size in sizes.items():
+                if split not in SPLITS:
+                    raise unknown("split", split, SPLITS)
+                if size < 1:
+                    raise ValueError(f"data.{name}.{split} is {size}; it must be at least 1, or not be there")
 
 # %% ../../nbs/grid/50_profiles.ipynb #d8be4550
 @dataclass(frozen=True)
@@ -122,11 +142,11 @@ class Search:
                 raise ValueError(f"search.rates.{name} is {list(limits)}; give the lowest and the highest rate, both above 0, such as [1.0e-3, 1]")
         for method, sizes in self.sizes.items():
             for name, values in sizes.items():
-                if len(set(values)) < max(2, len(values)):
+                if len(values) < 2 or any(value in values[:i] for i, value in enumerate(values)):
                     raise ValueError(f"search.sizes.{method}.{name} is {list(values)}; name at least two values, each once")
 
 # %% ../../nbs/grid/50_profiles.ipynb #280b6090
-SWEPT = ("short_length", "rank", "spaces")  # sizes of `ept` that a sweep may change: m, r, K
+SWEPT = {"short_length": 0, "rank": 0, "spaces": 1}  # sizes of `ept` that a sweep may change: m, r, K; and their least values
 
 
 @dataclass(frozen=True)
@@ -149,8 +169,8 @@ class Sweep:
         name, _, value = size.rpartition("-")
         if name not in SWEPT:
             raise unknown("swept size", name or size, SWEPT)
-        if not value.isdecimal():
-            raise ValueError(f"sweep.sizes: {size!r} sets {name} to {value!r}; write a whole number, as in {name}-8")
+        if not re.fullmatch(r"0|[1-9][0-9]{0,8}", value) or int(value) < SWEPT[name]:
+            raise ValueError(f"sweep.sizes: {size!r} sets {name} to {value!r}; write a whole number of at least {SWEPT[name]}, as in {name}-8")
         return {name: int(value)}
 
 # %% ../../nbs/grid/50_profiles.ipynb #4c9a63ad
@@ -204,12 +224,18 @@ def _check_source(profile):
         raise ValueError(f"data.source is {profile.data.source!r}, and every task names its own files; write `data: {{source: own}}`")
 
 
+SEEDS = 2**31  # a seed is below it; NumPy and PyTorch take no others alike
+
+
 def _check_lists(profile):
     "Refuse lists that are empty, name something twice, or do not go together."
     for name, listed in (("tasks", profile.grid.tasks), ("methods", profile.grid.methods), ("seeds", profile.grid.seeds)):
         if not listed or len(set(listed)) < len(listed):
             raise ValueError(f"grid.{name} is {list(listed)}; it must name at least one, and each once")
-    _check_sources(profile.grid)
+    for where, seeds in (("grid", profile.grid.seeds), ("search", profile.search.seeds), ("sweep", profile.sweep.seeds)):
+        if strange := [seed for seed in seeds if not 0 <= seed < SEEDS]:
+            raise ValueError(f"{where}.seeds has {strange[0]}; a seed is a whole number from 0 to {SEEDS - 1}")
+    _check_sources(profile)
     _check_search(profile.grid, profile.search)
     _check_sweep(profile.grid, profile.sweep)
 
@@ -227,8 +253,14 @@ def _check_sweep(grid, sweep):
         raise ValueError("sweep changes the sizes of 'ept' and takes the learning rates of its search; add 'ept' to grid.methods")
 
 
-def _check_sources(grid):
-    "Refuse a transfer without something to start from."
+def _check_sources(profile):
+    "Refuse a transfer without something to start from, and what cannot be said of its sources."
+    grid = profile.grid
+    for name in profile.sources:
+        if name not in (known := (*(f.name for f in fields(TrainingConfig)), "shared_steps")):
+            raise ValueError(f"sources: {unknown('parameter', name, known)}")
+    if len(set(grid.sources)) < len(grid.sources):
+        raise ValueError(f"grid.sources is {list(grid.sources)}; name each once")
     for task in grid.sources:
         if task == SHARED:
             raise ValueError(f"grid.sources: {SHARED!r} is the name of what the sources share; call the task otherwise")
@@ -359,6 +391,8 @@ def run(self: Profile, task: str, method: str, seed: int, size: str | None = Non
     for kind, name, known in (("task", task, self.grid.tasks), ("method", method, dict.fromkeys((*self.grid.methods, *self.methods)))):
         if name not in known:
             raise unknown(kind, name, known)
+    if not 0 <= seed < SEEDS:
+        raise ValueError(f"seed is {seed}; it must be from 0 to {SEEDS - 1}")
     return RunPlan(self, task, method, seed, size)
 
 # %% ../../nbs/grid/50_profiles.ipynb #29ae03ad
@@ -448,25 +482,49 @@ class Paths:
     ) -> str | None:  # a commit; None where nothing was ever downloaded
         "The revision that the first download has recorded."
         file = self.record("origins", key)
-        return json.loads(file.read_text()).get("revision") if file.exists() else None
+        return read_json(file, "remove it, and the next download writes it anew").get("revision") if file.exists() else None
 
 # %% ../../nbs/grid/50_profiles.ipynb #6f219d24
-def _read_yaml(file):
-    "A file that must hold a mapping."
-    values = yaml.safe_load(file.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds {type(values).__name__}; it must be a mapping of parameters")
-    return values
+NEEDED, OPTIONAL = ("profile", "backbone", "data", "grid", "tasks"), ("training", "methods", "sources", "search", "sweep")  # entries of a parameter file
 
 
-def _methods(grid):
-    "All methods of a grid, from its three lists: references first, those that start from other tasks last."
-    lists = [grid.get(name) or [] for name in ("references", "methods", "transfer")]
+def _entries(values):
+    "The entries of a parameter file, all of them mappings but for the name; a group that is left empty has no entries."
+    for name in values:
+        if name not in (*NEEDED, *OPTIONAL):
+            raise unknown("parameter", name, (*NEEDED, *OPTIONAL))
+    for name in NEEDED:
+        if values.get(name) is None:
+            raise ValueError(f"{name} is {'empty' if name in values else 'missing'}; a profile needs {', '.join(NEEDED)}")
+    groups = {name: {} if values.get(name) is None else values[name] for name in (*NEEDED[1:], *OPTIONAL)}
+    for group in ("methods", "tasks"):  # of each entry the same
+        if isinstance(groups[group], dict):
+            groups[group] = {name: {} if entry is None else entry for name, entry in groups[group].items()}
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise ValueError(f"{name} is {group!r}; it must be a mapping of parameters")
+    return {"profile": values["profile"], **groups}
+
+
+def _grid(entries):
+    "The lists of a grid, from its entry and the names of the tasks; references first, those that start from other tasks last."
+    given = entries["grid"]
+    if "tasks" in given:
+        raise ValueError("grid.tasks is given; the tasks of the grid are the names under `tasks`: put them there")
+    lists = [given.get(name) or [] for name in ("references", "methods", "transfer")]
     if not all(isinstance(names, list) for names in lists):
         raise ValueError("grid.methods, grid.references and grid.transfer must be lists of names")
-    return [*lists[0], *lists[1], *lists[2]]
+    return from_dict(Grid, {**given, "tasks": list(entries["tasks"]), "methods": [*lists[0], *lists[1], *lists[2]]}, "grid")
 
 
+def _check_seeds(entries):
+    "Refuse a seed that is a number in other letters: DVC puts what stands there into commands and names of files."
+    for group in ("grid", "search", "sweep"):
+        for seed in entries[group].get("seeds") or []:
+            if type(seed) is not int:
+                raise ValueError(f"{group}.seeds has {seed!r} ({type(seed).__name__}); write a whole number in digits, such as {group}.seeds: [0, 1]")
+
+# %% ../../nbs/grid/50_profiles.ipynb #0b0prof2
 def _own_tasks(folder, names):
     "Tasks of a profile that are read from files: `tasks/NAME.yaml` in its folder, or in the repository's root, where profiles share them."
     places, found = list(dict.fromkeys((folder / "tasks", repository_root(folder) / "tasks"))), {}
@@ -476,19 +534,34 @@ def _own_tasks(folder, names):
             raise ValueError(f"{file} has the name of a benchmark's task, and their scores must not be confused; choose another name")
         if file:
             found[name] = read_task(file)
+            _check_rows(file, found[name], repository_root(folder))
         elif name not in TASKS:
             known = [*TASKS, *(path.stem for place in places for path in sorted(place.glob("*.yaml")))]
             raise ValueError(f"{unknown('task', name, known)}; a task of your own is a file tasks/{name}.yaml beside the parameter file")
     return found
 
+
+def _check_rows(file, task, root):
+    "Refuse rows that lie outside of the repository."
+    for split, rows in task.data.files.items():
+        inside = os.path.relpath(rows, root)
+        if Path(getattr(task.data, split) or task.data.file).is_absolute() or inside.startswith(".."):
+            raise ValueError(f"{file}: the rows of {split} are in {rows}, which is not in the repository ({root}); bring them there, and name them relative to the task file")
+        _check_inside(f"{file}: the file of {split}", inside)
+
 # %% ../../nbs/grid/50_profiles.ipynb #02adf3c6
 def profile_files(
     root: str | Path | None = None,  # of the repository; None is the clone around the working folder
 ) -> dict[str, Path]:  # name -> params.yaml; the default profile first
-    "The parameter files of a repository."
+    "The parameter files of a repository; `ValueError` where the root's profile is called as a folder in `profiles/`."
     root = Path(root or repository_root())
-    files = [root / "params.yaml", *sorted(root.glob("profiles/*/params.yaml"))]
-    return {str(_read_yaml(file).get("profile")) if file.parent == root else file.parent.name: file for file in files if file.exists()}
+    first, found = root / "params.yaml", {file.parent.name: file for file in sorted(root.glob("profiles/*/params.yaml"))}
+    if not first.exists():
+        return found
+    name = str(read_yaml(first).get("profile"))
+    if name in found:
+        raise ValueError(f"{first} and {found[name]} are both called {name!r}; call one of them otherwise")
+    return {name: first, **found}
 
 # %% ../../nbs/grid/50_profiles.ipynb #1ca1b476
 def _check_origin(profile):
@@ -497,7 +570,8 @@ def _check_origin(profile):
     known = {name: file for name, file in profile_files(repository_root(profile.file.parent)).items() if name != profile.profile}
     if origin not in known:
         raise ValueError(f"search.from: {unknown('profile', origin, known)}")
-    if not (_read_yaml(known[origin]).get("search") or {}).get("tasks"):
+    search = read_yaml(known[origin]).get("search")
+    if not isinstance(search, dict) or not search.get("tasks"):
         raise ValueError(f"search.from names profile {origin!r}, which has no search.tasks and chooses nothing; give it a search, or name another profile")
 
 
@@ -509,32 +583,49 @@ def choice_file(self: Profile, method: str) -> Path | None:
     origin = self.search.origin
     return Paths(self, profile_files(repository_root(self.file.parent))[origin].parent if origin else None).record("search", method)
 
+# %% ../../nbs/grid/50_profiles.ipynb #0b0prof4
+def _check_training(profile):
+    "Refuse numbers by which no run could be trained: of the grid, of the sweep, of source prompts, and of the trials of a search."
+    known = {f.name for f in fields(TrainingConfig)}
+    plans = {(type(run), run.task, run.method): run for run in (*profile.runs(), *profile.source_plans())}
+    for run in plans.values():
+        try:
+            from_dict(TrainingConfig, {name: value for name, value in run.values.items() if name in known})
+        except ValueError as error:
+            raise ValueError(f"{run.method} on {run.task}: {error}") from error
+    steps = profile.sources.get("shared_steps", 1)
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"sources.shared_steps is {steps!r}; it must be a whole number of at least 1")
+
 # %% ../../nbs/grid/50_profiles.ipynb #dc657e14
 def load_profile(
     file: str | Path = "params.yaml",  # relative to the working folder, else to the repository's root
 ) -> Profile:
-    "Read and check a parameter file; `ValueError` names whatever is unknown, and the nearest known name."
-    path = Path(file) if Path(file).exists() else repository_root() / file
-    if not path.exists():
+    "Read and check a parameter file; `ValueError` names the file, whatever is unknown or out of range in it, and the nearest known name."
+    path = Path(file) if Path(file).is_file() else repository_root() / file
+    if not path.is_file():
         known = [str(p.relative_to(repository_root())) for p in profile_files().values()]
         raise FileNotFoundError(f"no parameter file {file}; there are: {', '.join(known)}")
-    path, values = path.resolve(), _read_yaml(path)
-    for name in ("profile", "backbone", "data", "grid", "tasks"):
-        if name not in values:
-            raise ValueError(f"{file}: {name} is missing")
-    for group in ("training", "methods", "sources", "search", "sweep", "tasks"):
-        values[group] = values.get(group) or {}
-        if not isinstance(values[group], dict):
-            raise ValueError(f"{file}: {group} is {values[group]!r}; it must be a mapping of parameters")
-    grid = {**values["grid"], "tasks": list(values["tasks"]), "methods": _methods(values["grid"])}
-    entries = {group: {name: entry or {} for name, entry in values[group].items()} for group in ("methods", "tasks")}
-    named = list(dict.fromkeys((*grid["tasks"], *(grid.get("sources") or []))))
-    profile = from_dict(Profile, {**values, **entries, "grid": grid, "own": _own_tasks(path.parent, named), "file": path})
-    if path.parent.parent.name == "profiles" and profile.profile != path.parent.name:
-        raise ValueError(f"{file} says profile {profile.profile!r}; it must be {path.parent.name!r}, as its folder is called")
+    values = read_yaml(path)
+    try:
+        return _checked(values, path.resolve())
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _checked(values, file):
+    "The profile that the values of a parameter file make."
+    entries = _entries(values)
+    grid = _grid(entries)
+    _check_seeds(entries)
+    own = _own_tasks(file.parent, dict.fromkeys((*grid.tasks, *grid.sources)))
+    profile = from_dict(Profile, {**entries, "grid": grid, "own": own, "file": file})
+    if file.parent.parent.name == "profiles" and profile.profile != file.parent.name:
+        raise ValueError(f"it says profile {profile.profile!r}; it must be {file.parent.name!r}, as its folder is called")
     name = profile.backbone.name
-    if profile.backbone.folder is None and (repository_root(path.parent) / name).is_dir():
-        raise ValueError(f"{file}: backbone.name is {name!r}, a folder here; write backbone: {{name: what records call it, folder: {name}}}")
+    if profile.backbone.folder is None and (repository_root(file.parent) / name).is_dir():
+        raise ValueError(f"backbone.name is {name!r}, a folder here; write backbone: {{name: what records call it, folder: {name}}}")
     if profile.search.origin:
         _check_origin(profile)
+    _check_training(profile)
     return profile

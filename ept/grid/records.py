@@ -25,6 +25,7 @@ from ..training.evaluation import evaluate
 from ..training.inside import modules_moved
 from ..utils.files import write_atomic
 from ..utils.fingerprints import code_version
+from ..utils.reading import read_json
 
 # %% ../../nbs/grid/55_records.ipynb #647b6605
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "numpy", "scipy", "scikit-learn")
@@ -86,9 +87,10 @@ def make_record(
 # %% ../../nbs/grid/55_records.ipynb #963432c6
 def _saved(adapter):
     "The record that training has written, with that of its search, and its history."
-    saved = json.loads((adapter / "training.json").read_text())
+    again = f"remove {adapter} and train the run again (make reproduce)"
+    saved = read_json(adapter / "training.json", again)
     if (adapter / "search.json").exists():
-        saved["search"] = json.loads((adapter / "search.json").read_text())
+        saved["search"] = read_json(adapter / "search.json", again)
     saved["adapter_bytes"] = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     history = pd.read_csv(adapter / "history.csv")
     return saved, {c: [v if math.isfinite(v) else None for v in history[c].tolist()] for c in history}

@@ -30,6 +30,7 @@ from ..training.curves import area_under
 from ..training.training import train
 from ..utils.files import write_json
 from ..utils.fingerprints import code_version
+from ..utils.reading import read_json
 from ..utils.settings import load_settings
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def _train(plan, backbone, folder):
     "The area under the validation curve of one training of a trial, percent; None where its loss is not finite."
     file, (training, sizes), search = folder / f"{plan.key}.json", resolve(plan), plan.profile.search
     if file.exists():
-        return json.loads(file.read_text())["score"]
+        return read_json(file, "remove it, and this trial is trained again", ("score",))["score"]
     rows = read_rows(Paths(plan.profile).data(plan.task), ("train", "validation"))
     places = {"output_dir": folder / f"{plan.key}-adapter", "checkpoint_dir": folder / plan.key, "source_prompts": source_folders(plan)}
     options = {"training": shorten(training, search.steps), "sizes": sizes, "workers": load_settings().workers, "progress": False}
@@ -224,7 +225,7 @@ def _take_over(profile, method):
     file = paths.record("search", other)
     if not file.exists():
         raise FileNotFoundError(f"{file} is missing; run the search stage of {other} first (make reproduce PROFILE={profile.profile})")
-    record = {**json.loads(file.read_text()), "method": method, "like": other}
+    record = {**read_json(file, f"remove it and run the search stage of {other} again (make reproduce)"), "method": method, "like": other}
     write_json(paths.record("search", method), record)
     return record
 

@@ -8,7 +8,7 @@ __all__ = ['MEASURED', 'COSTS', 'FIELDS', 'SWEEP', 'SIZES', 'read_costs', 'publi
            'made_up', 'sweep_points', 'sweep_mean']
 
 # %% ../../nbs/report/61_results.ipynb #f803f826
-import json
+import io
 import math
 import re
 from functools import cache
@@ -25,10 +25,25 @@ from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
 from ..training.inside import modules_moved
 from ..utils.files import write_atomic
+from ..utils.reading import read_json, read_text
 
 # %% ../../nbs/report/61_results.ipynb #3dd07340
 MEASURED = ("train_seconds", "examples_per_second", "tokens_per_second", "peak_memory_bytes", "device", "precision", "processor", "work")
 COSTS = ("task", "method", "seed", "size", *MEASURED)
+
+
+def _read_table(file, mend, needs, **options):
+    "A CSV file of results; `ValueError` naming the file where it is cut off or something else."
+    text = read_text(file)
+    try:
+        found = pd.read_csv(io.StringIO(text), **options)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({str(error).strip().splitlines()[0]}); {mend}") from error
+    if absent := [name for name in needs if name not in found]:
+        raise ValueError(f"{file} has no column {absent[0]!r}; {mend}")
+    if not text.endswith("\n"):
+        raise ValueError(f"{file} is cut off in its last row; {mend}")
+    return found
 
 
 def read_costs(
@@ -37,17 +52,15 @@ def read_costs(
 ) -> pd.DataFrame:  # columns `COSTS`, all strings, as in the file; indexed by a run's key
     "The published costs of a profile; no rows where none are published."
     file = Paths(profile, folder).results / "costs.csv"
-    found = pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else pd.DataFrame(columns=list(COSTS), dtype=str)
+    mend = "take it from git again, or remove it: what was measured here is taken from runs/costs"
+    found = _read_table(file, mend, COSTS, dtype=str, keep_default_na=False) if file.exists() else pd.DataFrame(columns=list(COSTS), dtype=str)
     found.index = ["-".join(filter(None, row)) for row in found[["task", "method", "seed", "size"]].itertuples(index=False)]
     return found
 
 # %% ../../nbs/report/61_results.ipynb #bb81341c
 def _measured(file):
     "The values of a run's file of costs as strings; `ValueError` where one is missing."
-    values = json.loads(file.read_text())
-    missing = [name for name in MEASURED if name not in values]
-    if missing:
-        raise ValueError(f"{file} has no {missing[0]}; train the run again (make reproduce)")
+    values = read_json(file, "train the run again (make reproduce)", MEASURED)
     return {name: str(round(v, 3) if isinstance(v := values[name], float) else "" if v is None else v) for name in MEASURED}
 
 
@@ -72,6 +85,22 @@ def publish_costs(
         write_atomic(file, text)
     return new
 
+# %% ../../nbs/report/61_results.ipynb #61ans001
+AGAIN = "remove it and evaluate the run again (make reproduce), or take it from git again"
+
+
+
+def _answers(file, record):
+    "Labels, predictions and groups from a file of predictions; nothing where there is no file. `ValueError` where they are not those of the record."
+    if not file.exists():
+        return {}
+    table = _read_table(file, AGAIN, ("label", "prediction"))
+    rows = record.get("examples", {}).get("test", len(table))
+    if len(table) != rows or table[["label", "prediction"]].isna().any(axis=None):
+        raise ValueError(f"{file} has {len(table.dropna())} whole rows, and the record of the run says {rows}; {AGAIN}")
+    groups = table["group"].to_numpy() if "group" in table else None
+    return {"labels": table["label"].to_numpy(), "predictions": table["prediction"].to_numpy(), "groups": groups}
+
 # %% ../../nbs/report/61_results.ipynb #b92c68c7
 FIELDS = (  # of a record
     "role", "metric", "score", "majority_score", "n", "trainable_parameters", "chosen_step", "metrics", "history", "gate_weights",
@@ -89,8 +118,8 @@ def collect(
         row = {"task": plan.task, "method": plan.method, "seed": plan.seed, **dict.fromkeys(FIELDS), "score": math.nan}
         record, spent = paths.record("scores", plan.key), costs.get(plan.key, {})
         if record.exists():
-            values = json.loads(record.read_text())
-            row |= {name: values.get(name) for name in FIELDS} | _answers(paths.record("predictions", plan.key))
+            values = read_json(record, AGAIN, ("score", "metric"))
+            row |= {name: values.get(name) for name in FIELDS} | _answers(paths.record("predictions", plan.key), values)
             there = {kind: paths.record(kind, plan.key) for kind in ("scores", "predictions")}
             row["files"] = {kind: file.relative_to(paths.results).as_posix() for kind, file in there.items() if file.exists()}
         nothing = 0.0 if row["trainable_parameters"] == 0 else math.nan  # where nothing is trained, nothing is measured
@@ -101,15 +130,6 @@ def collect(
     if runs["score"].isna().all():
         raise FileNotFoundError(f"no records in {paths.results / 'scores'}; run the grid first (make reproduce PROFILE={profile.profile})")
     return runs
-
-
-def _answers(file):
-    "Labels, predictions and groups from a file of predictions; nothing where there is no file."
-    if not file.exists():
-        return {}
-    table = pd.read_csv(file)
-    groups = table["group"].to_numpy() if "group" in table else None
-    return {"labels": table["label"].to_numpy(), "predictions": table["prediction"].to_numpy(), "groups": groups}
 
 # %% ../../nbs/report/61_results.ipynb #c65f3750
 SWEEP = ["swept", "value", "task", "method", "seed", "score"]
@@ -124,7 +144,7 @@ def collect_sweep(
     rows = []
     for plan in profile.sweep_runs():
         ((swept, value),), file = plan.overrides.items(), Paths(profile, folder).record("scores", plan.key)
-        score = json.loads(file.read_text())["score"] if file.exists() else math.nan
+        score = read_json(file, AGAIN, ("score",))["score"] if file.exists() else math.nan
         rows.append((swept, value, plan.task, plan.method, plan.seed, score))
     return pd.DataFrame(rows, columns=SWEEP)
 

@@ -8,7 +8,8 @@ __all__ = ['RATES', 'TrainingConfig', 'NonFiniteLoss']
 # %% ../../nbs/training/41_config.ipynb #f911f4d1
 from dataclasses import dataclass
 
-from ..utils.checking import check_range
+from ..data.tasks import VERBALIZERS
+from ..utils.checking import check_range, unknown
 
 # %% ../../nbs/training/41_config.ipynb #0738b3a4
 RATES = {"prompt": "learning_rate", "pair": "pair_learning_rate", "modules": "module_learning_rate", "weights": "weight_learning_rate"}  # of each group of parameters
@@ -36,6 +37,10 @@ class TrainingConfig:
         check_range(self, ("steps", "batch_size", "evaluate_every"), least=1)
         check_range(self, (*RATES.values(), "clip"), above=0)
         check_range(self, ("weight_decay", "warmup_steps", "validation_examples", "shots"), least=0)
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be at most steps, which is {self.steps}")
+        if self.verbalizer not in VERBALIZERS:
+            raise unknown("verbalizer", self.verbalizer, VERBALIZERS)
 
 # %% ../../nbs/training/41_config.ipynb #6c2be48d
 class NonFiniteLoss(RuntimeError):

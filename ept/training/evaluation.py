@@ -6,7 +6,6 @@
 __all__ = ['Evaluation', 'evaluate']
 
 # %% ../../nbs/training/45_evaluation.ipynb #3a92ed70
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..data.tasks import Task, get_task
 from ..model.backbone import Backbone
 from ..model.modeling import EPTModel
 from .ranking import predict, rank_labels
+from ..utils.reading import read_json
 
 # %% ../../nbs/training/45_evaluation.ipynb #e14a58e3
 @dataclass
@@ -54,7 +54,7 @@ def evaluate(
     else:
         model = EPTModel.from_pretrained(backbone.model, adapter)
         record = Path(adapter) / "training.json"
-        settings = json.loads(record.read_text()) if record.exists() else {}
+        settings = read_json(record, "train the prompt again, or take a whole copy of its folder") if record.exists() else {}
     max_length = max_length or settings.get("max_length") or model.prompt_config.max_length
     verbalizer = verbalizer or settings.get("training", {}).get("verbalizer", "words")
     rows = (load_task(task) if data is None else data)[split]

@@ -45,6 +45,7 @@ def generated(profile):
         reached = {file.relative_to(ROOT).as_posix() for entry in (*map(Path(__file__).with_name, notebooks), *catalogue().values()) for file in import_closure(entry).values()}
         code = [f"{root}{name}" for name in sorted(reached)] + [f"{root}nbs/pipelines/{name}" for name in notebooks]
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    environment.filters["quoted"] = quoted
     lists = [(name, suffix) for name, suffix in SUFFIXES.items() if name == "methods" or getattr(profile.grid, name)]
     choices = seen_from(folder, profile.choice_file("ept").parent) if profile.searched else None
     write = lambda template, **values: environment.get_template(template).render(profile=profile, root=root, code=code, choices=choices, **values)
@@ -52,6 +53,13 @@ def generated(profile):
     tasks = {f"tasks/{task}/dvc.yaml": write("task.yaml.jinja", task=task, lists=found, files=rows_of(profile, task, root)) for task, found in listed.items()}
     task_files = [seen_from(folder, task.data.folder / f"{name}.yaml") for name, task in profile.own.items()]
     return project | {"dvc.yaml": write("profile.yaml.jinja", task_files=task_files, searches=searches(profile))} | tasks
+
+
+def quoted(path):
+    "A path as YAML has it, in quotes where it would be read as something else."
+    import yaml
+
+    return yaml.safe_dump([path], allow_unicode=True, width=10_000).removeprefix("- ").rstrip("\n")
 
 
 def searches(profile):

@@ -4,7 +4,8 @@
 
 It holds a fingerprint of the code of every stage, what each method is told, and what is said about the text of each task. Every
 stage depends on its part of this small file, so this runs before anything else does, and nothing runs where it fails. It
-imports nothing heavy: whether parameters exist and have allowed values is asked by the first stage that trains.
+imports nothing heavy: whether sizes exist and have allowed values is asked here in a worker of `make reproduce`, which has imported
+PyTorch anyway, and else by the first stage that trains.
 """
 
 import sys
@@ -27,6 +28,10 @@ def write_plan(file="params.yaml"):
     for method in (*profile.grid.methods, *profile.methods):
         if method not in known:
             raise ValueError(f"{file}: {unknown('method', method, known)}")
+    if "torch" in sys.modules:
+        from ept.grid.configuration import check
+
+        check(profile)
     other, left = differences(profile)
     if other or left:
         raise ValueError(f"{', '.join((*other, *left))} {'is' if len((*other, *left)) == 1 else 'are'} not what {file} asks for; run: make pipeline")

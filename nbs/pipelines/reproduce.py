@@ -23,6 +23,8 @@ from dvc.exceptions import DvcException  # noqa: E402
 
 from ept.grid.profiles import load_profile, profile_files  # noqa: E402
 from ept.utils.checking import unknown  # noqa: E402
+from ept.utils.reading import read_json  # noqa: E402
+from ept.utils.settings import load_settings  # noqa: E402
 from ept.workflow.clusters import BATCH, Cluster  # noqa: E402
 from ept.workflow.progress import Progress, duration  # noqa: E402
 from ept.workflow.scheduling import Summary, reproduce  # noqa: E402
@@ -61,12 +63,12 @@ class Runs:
         record = self.folder / "results" / "scores" / f"{key}.json"
         if key not in self.runs or not took or not record.exists():
             return None
-        values, size = json.loads(record.read_text()), self.runs[key].size
+        values, size = read_json(record, "remove it"), self.runs[key].size
         return f"{values['method']} {values['task']}{f' {size}' if size else ''} {values['score']:.1f} (majority {values['majority_score']:.1f}) {took:.0f} s"
 
     def _found(self, method):
         "What the search of a method has chosen."
-        record = json.loads((self.folder / "results" / "search" / f"{method}.json").read_text())
+        record = read_json(self.folder / "results" / "search" / f"{method}.json", "remove it")
         chosen = ", ".join(f"{name} {value}" for name, value in record["chosen"].items())
         return f"search {method}: {len(record['trials'])} trials, the best {record['trials'][record['best'] - 1]['score']:.1f} with {chosen}"
 
@@ -82,7 +84,7 @@ class Runs:
         "How many scores equal those of the last commit, and how many there are to compare with."
         files = [self.folder / "results" / "scores" / f"{key}.json" for key in self.runs]
         old = [subprocess.run(["git", "show", f"HEAD:./results/scores/{file.name}"], cwd=self.folder, capture_output=True) for file in files]
-        known = [(json.loads(was.stdout)["score"], json.loads(file.read_text())["score"]) for file, was in zip(files, old) if was.returncode == 0 and file.exists()]
+        known = [(json.loads(was.stdout)["score"], read_json(file, "remove it")["score"]) for file, was in zip(files, old) if was.returncode == 0 and file.exists()]
         return sum(was == now for was, now in known), len(known)
 
 
@@ -150,6 +152,7 @@ def main(arguments=None):
         if chosen.profile not in files:
             raise unknown("profile", chosen.profile, files)
         profile = load_profile(files[chosen.profile])
+        load_settings()
         cluster = Cluster.read(ROOT / "settings.ini", **({"workers": chosen.jobs} if chosen.jobs is not None else {}))
         write_layout(profile)
         bring(profile)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.ipynb")))
+SAID = ("ValueError", "FileNotFoundError", "ConnectionError", "ImportError", "NonFiniteLoss", "OSError")  # errors that are sentences for people
 
 
 def prepare_process():
@@ -37,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     "argparse, with mistakes as `ValueError` for the caller to show."
 
     def error(self, message):
-        raise ValueError(message)
+        raise ValueError(f"{message}; `python nbs/pipelines/{self.prog} --help` says what is allowed")
 
 
 def sentence(stage):
@@ -73,20 +74,28 @@ def option(parameter):
 
 def parse(arguments):
     "The stage and all its parameters; `ValueError` for a name the notebook does not have, or a value of the wrong type."
-    from ept.utils.checking import unknown
+    from ept.utils.checking import check_name, unknown
 
-    stage = next((a for a in arguments if not a.startswith("-")), None)
-    if stage is not None and stage not in STAGES:
+    stage = arguments[0] if arguments else None
+    if stage is not None and stage not in (*STAGES, "-h", "--help"):
         raise unknown("stage", stage, STAGES)
     chosen, rest = parser_of(stage).parse_known_args(arguments)
     values = vars(chosen)
     del values["stage"]
     if rest:
         raise unknown("parameter", rest[0].partition("=")[0], map(option, values))
+    for name in {"task", "method", "size"} & set(values):  # they become part of a path
+        check_name(name, values[name])
     return stage, values
 
 
 # ---- execution ----------------------------------------------------------------------------------------------------------
+
+
+def executed(stage, values):
+    "Where the executed notebook of a stage is kept."
+    key = "-".join(str(values[name]) for name in ("task", "method", "size", "seed") if name in values)
+    return Path(values["profile_file"]).resolve().parent / "runs" / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
 
 
 def execute(stage, values):
@@ -96,14 +105,12 @@ def execute(stage, values):
     import engine  # noqa: F401, registers itself
 
     file = Path(values["profile_file"])
-    if not file.exists():
+    if not file.is_file():
         from ept.grid.profiles import profile_files
 
         there = [os.path.relpath(path) for path in profile_files(ROOT).values()]
         raise FileNotFoundError(f"no parameter file {values['profile_file']!r}; there are: {', '.join(there)}")
-    key = "-".join(str(values[name]) for name in ("task", "method", "size", "seed") if name in values)
-    folder = file.resolve().parent
-    target = folder / "runs" / "notebooks" / f"{stage}{'-' if key else ''}{key}.ipynb"
+    target = executed(stage, values)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.stem}.partial.ipynb")
     changed = {name: values[name] for name, (default, _) in parameters(stage).items() if values[name] != default}
@@ -132,12 +139,14 @@ def main(arguments):
         target = execute(stage, values)
     except SystemExit as shown:  # --help
         return shown.code or 0
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PapermillExecutionError as error:
-        print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), file=sys.stderr)
-        print(f"error: {error.ename}: {error.evalue}", file=sys.stderr)
+        if error.ename not in SAID:
+            print(re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)), file=sys.stderr)
+        kind = "" if error.ename in SAID else f"{error.ename}: "
+        print(f"error: {kind}{error.evalue} (traceback in {os.path.relpath(executed(stage, values))})", file=sys.stderr)
         return 1
     said = [str(value) for name, value in values.items() if name != "profile_file"]
     print(f"{' '.join([stage, *said])}: {time.perf_counter() - start:.1f} s, see {os.path.relpath(target)}")

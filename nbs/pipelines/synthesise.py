@@ -5,7 +5,6 @@ which nothing was chosen: no row of its validation or test sets is a row of the 
 pretraining. The same bytes come out each time. `make data` runs this and puts the result into DVC's store.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -30,5 +29,9 @@ def synthesise(folder, config):
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
     from ept.training.pretraining import PretrainingConfig
+    from ept.utils.checking import from_dict
+    from ept.utils.reading import read_json
 
-    print(synthesise(ROOT / "data", PretrainingConfig(**json.loads((ROOT / "backbone" / "pretraining.json").read_text()))), "files")
+    print(
+        synthesise(ROOT / "data", from_dict(PretrainingConfig, read_json(ROOT / "backbone" / "pretraining.json", "bring it with `dvc pull backbone.dvc`"), "pretraining")), "files"
+    )
