@@ -59,12 +59,12 @@ def peft_model(folder, tuned):
     from peft import PromptTuningConfig, PromptTuningInit, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     options = {"dtype": torch.bfloat16} if tuned and half_precision() else {}
     if tuned and hasattr(config, "dropout_rate"):
         config.dropout_rate = 0.0  # Trainer calls train(): the only documented way to a backbone without dropout
     auto, kind = (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM") if config.is_encoder_decoder else (AutoModelForCausalLM, "CAUSAL_LM")
-    model = auto.from_pretrained(folder, config=config, **options)
+    model = auto.from_pretrained(folder, config=config, trust_remote_code=False, use_safetensors=True, **options)
     return get_peft_model(model, PromptTuningConfig(task_type=kind, num_virtual_tokens=100, prompt_tuning_init=PromptTuningInit.RANDOM))
 
 

@@ -16,7 +16,8 @@ import transformers
 
 from ept.methods.registry import build_method
 from ept.model import backbone as library
-from ept.model.backbone import SOURCES, BackboneSource, fingerprint, load_backbone, materialise
+from ept.model.backbone import SOURCES, BackboneSource, load_backbone, materialise
+from ept.model.weights import fingerprint
 from tests.conftest import byte_tokenizer, perturbed, tiny_backbone, tiny_gpt2, tiny_t5
 
 COMMIT = "b" * 40
@@ -126,7 +127,9 @@ def test_a_hub_model_becomes_a_folder_that_remembers_its_commit(hub, tmp_path):
     code = f"from ept.model.backbone import materialise; materialise('own/model', {str(tmp_path / 'kept')!r})"
     done = in_a_fresh_process(hub, code)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert json.loads((tmp_path / "kept" / "backbone.json").read_text()) == {"name": "own/model", "revision": COMMIT}
+    record = json.loads((tmp_path / "kept" / "backbone.json").read_text())
+    assert (record["name"], record["revision"]) == ("own/model", COMMIT)
+    assert set(record["files"]) == {path.name for path in (tmp_path / "kept").iterdir()} - {"backbone.json"}
     assert any(f"/resolve/{COMMIT}/" in path for path in hub.seen), "the files are those of the commit that was recorded"
     backbone = load_backbone(str(tmp_path / "kept"))
     assert (backbone.name, backbone.revision) == ("own/model", COMMIT)
@@ -166,6 +169,79 @@ def test_smollm2_is_an_ordinary_model_that_knows_a_capital(tmp_path):
     assert not getattr(backbone.model, "is_quantized", False)
     ids = backbone.tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert backbone.tokenizer.decode(backbone.model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]) == " Paris"
+
+
+# ---- nothing damaged is believed, nothing is executed --------------------------------------------------------------------
+
+
+def test_a_flipped_bit_anywhere_in_a_folder_of_ours_is_seen(folder, tmp_path):
+    kept = materialise(str(folder), tmp_path / "kept", label="tiny")
+    assert load_backbone(str(kept)).name == "tiny"
+    for file in sorted(kept.iterdir()):
+        content = file.read_bytes()
+        for place in (0, len(content) // 2, len(content) - 2):
+            damaged = bytearray(content)
+            damaged[place] ^= 1
+            file.write_bytes(damaged)
+            if file.name != "backbone.json":
+                with pytest.raises(ValueError, match=f"{file.name} is not what was written: its SHA-256 has changed; remove {kept} and make it again"):
+                    load_backbone(str(kept))
+        file.write_bytes(content)
+    content = bytearray((kept / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (kept / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is not what was written"):
+        materialise(str(kept), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists(), "damage gets no hashes of its own"
+    (kept / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing; remove .* and make it again"):
+        load_backbone(str(kept))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "7", "", '{"files": 7}'])
+def test_a_damaged_record_of_a_folder_says_which(folder, tmp_path, content):
+    kept = materialise(str(folder), tmp_path / "kept")
+    (kept / "backbone.json").write_text(content)
+    with pytest.raises(ValueError, match="backbone.json is damaged .*; remove .* and make it again"):
+        load_backbone(str(kept))
+
+
+def test_a_folder_of_an_earlier_version_loads(folder, tmp_path):
+    kept = materialise(str(folder), tmp_path / "kept")
+    (kept / "backbone.json").write_text(json.dumps({"name": "own/model", "revision": COMMIT}))
+    assert load_backbone(str(kept)).revision == COMMIT
+
+
+def test_code_that_comes_with_a_model_never_runs_and_nobody_is_asked(folder, tmp_path, monkeypatch):
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\nfrom transformers import PretrainedConfig as Own")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForSeq2SeqLM": "own.Own"}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    for load in (lambda: load_backbone(str(folder)), lambda: materialise(str(folder), tmp_path / "kept") and load_backbone(str(tmp_path / "kept"))):
+        with pytest.raises(ValueError, match="needs code that comes with it, which is never run; choose a model whose architecture transformers has"):
+            load()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_that_comes_with_a_tokenizer_never_runs(folder, tmp_path, monkeypatch):
+    (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
+    assert load_backbone(str(folder)).tokenizer("text").input_ids, "by tokenizer.json, which is data"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_in_a_pickle_are_not_opened(folder, tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (tmp_path / "ran").touch, ()
+
+    (folder / "model.safetensors").unlink()
+    for content in (tiny_t5().state_dict(), {"shared.weight": Harmful()}):
+        torch.save(content, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="has no weights in safetensors, and a pickle .*is never opened; where you trust it, convert it once"):
+            load_backbone(str(folder))
+    assert not (tmp_path / "ran").exists()
 
 
 # ---- which models can be a backbone --------------------------------------------------------------------------------------

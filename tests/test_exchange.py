@@ -111,6 +111,31 @@ class TestDePT:
         with pytest.raises(ValueError, match="is damaged, or holds more than tensors"):
             import_dept(tiny_t5(), tmp_path)
 
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("prompt_embeddings", lambda t: t.index_fill(0, torch.tensor([2]), float("nan")), "prompt_embeddings holds numbers that are not finite"),
+            ("prompt_embeddings", lambda t: t.int(), "prompt_embeddings is a tensor of int32; allowed are float32"),
+            ("prompt_embeddings", lambda t: t[0], r"holds prompt_embeddings .32.; each tensor must have two dimensions"),
+            ("prompt_embeddings", lambda t: t[None], r"holds prompt_embeddings .1, 6, 32.; each tensor must have two dimensions"),
+            ("prompt_embeddings", lambda t: t[:0], r"holds prompt_embeddings .0, 32.; each tensor must have two dimensions, neither of them 0"),
+            ("prompt_encoder.lora_embedding_A", lambda t: t / 0, "lora_embedding_A holds numbers that are not finite"),
+            ("prompt_encoder.lora_embedding_B", lambda t: t.sum(), r"holds prompt_encoder.lora_embedding_B ..; each tensor must have"),
+            ("prompt_encoder.lora_embedding_B", lambda t: t[:2], r"holds a pair of shapes .12, 3. and .2, 32."),
+        ],
+    )
+    def test_numbers_that_are_none_are_refused(self, tmp_path, name, change, message):
+        tensors = released_form(tmp_path)
+        torch.save(tensors | {name: change(tensors[name])}, tmp_path / "adapter_model.bin")
+        with pytest.raises(ValueError, match=message):
+            import_dept(tiny_t5(), tmp_path)
+
+    @pytest.mark.parametrize("wrong", [{"lora_alpha": float("nan")}, {"lora_alpha": [8]}, {"num_virtual_tokens": "six"}, {"peft_type": None}, {"task_type": 3}])
+    def test_a_configuration_of_wrong_values_is_refused(self, tmp_path, wrong):
+        released_form(tmp_path, **wrong)
+        with pytest.raises(ValueError, match=f"{next(iter(wrong)).removeprefix('lora_')} is "):
+            import_dept(tiny_t5(), tmp_path)
+
     def test_code_in_a_file_never_runs(self, tmp_path):
         class Harmful:
             def __reduce__(self):

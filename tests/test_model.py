@@ -1,8 +1,10 @@
 """Properties of a prompt on a backbone that are not the same for every method."""
 
 import copy
+import hashlib
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ept.model.modeling import EPTModel
+from ept.model.saving import FIRST_READING, adapter_digest
+from ept.model.weights import fingerprint, sample_fingerprint
 from ept.prompt.soft import EPTConfig
 from tests.conftest import MODELS, WIDTH, tiny_llama, tiny_t5
 
@@ -69,9 +73,31 @@ def saved(tmp_path):
     return model, model.save_pretrained(tmp_path / "adapter")
 
 
-def change(folder, **values):
+def seal(folder, **values):
+    """Change the configuration and give both files a checksum that fits, as somebody would who knows how it is made."""
+    path, weights = folder / "adapter_config.json", (folder / "adapter_model.safetensors").read_bytes()
+    record = json.loads(path.read_text()) | values
+    digest = adapter_digest(record, weights) if record["format_version"] >= 3 else hashlib.sha256(weights).hexdigest()
+    path.write_text(json.dumps(record | {"sha256": digest}))
+
+
+def as_written_by(version, folder, backbone):
+    """The adapter as an earlier version wrote it: a hash of the tensors alone, a fingerprint of a sample of the weights."""
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    record = json.loads(path.read_text())
+    record["backbone"] = {name: record["backbone"][name] for name in ("name", "family", "width")} | {"fingerprint": sample_fingerprint(backbone)}
+    record["format_version"] = version
+    if version == 1:
+        record["config"] = {name: value for name, value in record["config"].items() if name not in FIRST_READING}
+    path.write_text(json.dumps(record))
+    seal(folder)
+
+
+def flip(tensor, index=-1, bit=0):
+    """One bit of one number of a tensor, in place."""
+    whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[tensor.dtype]
+    with torch.no_grad():
+        tensor.view(-1)[index : index + 1 or None].view(whole).bitwise_xor_(1 << bit)
 
 
 class TestLoadingRefuses:
@@ -100,17 +126,17 @@ class TestLoadingRefuses:
         self.refuse(saved[1], "other weights than this backbone has", other)
 
     def test_another_format_version(self, saved):
-        change(saved[1], format_version=3)
-        self.refuse(saved[1], "format version 3; this version of ept reads format versions 1 and 2: save it again")
+        seal(saved[1], format_version=4)
+        self.refuse(saved[1], "format version 4; this version of ept reads format versions 1 to 3: save it again")
 
     def test_another_type(self, saved):
-        change(saved[1], type="prefix")
+        seal(saved[1], type="prefix")
         self.refuse(saved[1], "an adapter of type 'prefix' cannot be read; known types: adapter, .*, ept, ept-token, finetune, lora")
 
     def test_a_type_that_does_not_go_with_the_sizes(self, saved):
-        change(saved[1], type="lora")
+        seal(saved[1], type="lora")
         self.refuse(saved[1], "an adapter of type 'lora' without extra sizes")
-        change(saved[1], type="ept", extra={"spaces": 3})
+        seal(saved[1], type="ept", extra={"spaces": 3})
         self.refuse(saved[1], "an adapter of type 'ept' with extra sizes")
 
     def test_a_truncated_file(self, saved):
@@ -126,14 +152,14 @@ class TestLoadingRefuses:
         self.refuse(saved[1], "is truncated or changed")
 
     def test_missing_tensors(self, saved):
-        import hashlib
-
-        weights = saved[1] / "adapter_model.safetensors"
-        tensors = load_file(weights)
-        tensors.pop("embeddings")
-        save_file(tensors, weights)
-        change(saved[1], sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
+        self.put(saved[1], **{"fusion.strength": None})
         self.refuse(saved[1], "its configuration needs")
+
+    def put(self, folder, **tensors):
+        """Other tensors in the adapter's file, None for one that is missing, with a checksum that fits."""
+        weights = folder / "adapter_model.safetensors"
+        save_file({name: t for name, t in (load_file(weights) | tensors).items() if t is not None}, weights)
+        seal(folder)
 
     def test_a_damaged_configuration(self, saved):
         (saved[1] / "adapter_config.json").write_text('{"type": "ept"')
@@ -141,14 +167,161 @@ class TestLoadingRefuses:
 
     def test_an_unknown_parameter(self, saved):
         record = json.loads((saved[1] / "adapter_config.json").read_text())
-        change(saved[1], config=record["config"] | {"rnak": 3})
+        seal(saved[1], config=record["config"] | {"rnak": 3})
         self.refuse(saved[1], "unknown parameter 'config.rnak'; did you mean 'rank'?")
 
     def test_a_folder_without_adapter(self, saved, tmp_path):
         shutil.copy(saved[1] / "adapter_config.json", tmp_path)
         self.refuse(tmp_path, "adapter_model.safetensors not found", error=FileNotFoundError)
 
+    @pytest.mark.parametrize(("name", "value"), [("alpha", 80.0), ("seed", 1), ("fusion_width", 3), ("relative", True)])
+    def test_an_edited_configuration(self, saved, name, value):
+        path = saved[1] / "adapter_config.json"
+        record = json.loads(path.read_text())
+        record["config"][name] = value
+        path.write_text(json.dumps(record))
+        self.refuse(saved[1], "adapter_config.json or adapter_model.safetensors is truncated or changed")
 
-def test_loading_never_unpickles(saved):
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("alpha", float("nan"), "NaN is no number of JSON"),
+            ("alpha", 10**400, "config.alpha is .*it must be float"),
+            ("alpha", "nan", "alpha is '?nan'?"),
+            ("prompt_length", -40, "short_length m = 6 > prompt_length l = -40"),
+            ("max_length", -12, "max_length is -12; it must be at least 1"),
+            ("spaces", 0, "spaces is 0; it must be at least 1"),
+            ("short_length", 2.5, "config.short_length is 2.5 .float.; it must be int"),
+            ("short_length", 10**11, "short_length m = 100000000000 > prompt_length l = 40"),
+            ("fusion", "no", "config.fusion is 'no' .str.; it must be bool"),
+        ],
+    )
+    @pytest.mark.parametrize("version", [2, 3])
+    def test_values_that_no_prompt_has(self, saved, name, value, message, version):
+        """Somebody has made the checksum fit, or the format has none over the configuration."""
+        if version == 2:
+            as_written_by(2, saved[1], tiny_t5())
+        record = json.loads((saved[1] / "adapter_config.json").read_text())
+        seal(saved[1], config=record["config"] | {name: value})
+        self.refuse(saved[1], message)
+
+    def test_sizes_that_no_memory_holds(self, saved):
+        as_written_by(2, saved[1], tiny_t5())
+        record = json.loads((saved[1] / "adapter_config.json").read_text())
+        seal(saved[1], config=record["config"] | {"prompt_length": 10**13, "short_length": 10**12})
+        self.refuse(saved[1], "holds 1,237 numbers; its configuration needs 32,000,000,001,045: save the adapter again")
+
+    @pytest.mark.parametrize("version", [1, 2, 3])
+    def test_numbers_that_are_none(self, saved, version):
+        if version < 3:
+            as_written_by(version, saved[1], tiny_t5())
+        prompt = load_file(saved[1] / "adapter_model.safetensors")["embeddings"]
+        for wrong, message in (
+            (prompt.int(), "embeddings is a tensor of int32; allowed are float32, bfloat16, float16"),
+            (prompt.double(), "embeddings is a tensor of float64"),
+            (prompt.index_fill(0, torch.tensor([1]), float("nan")), "embeddings holds numbers that are not finite"),
+            (prompt / 0, "embeddings holds numbers that are not finite"),
+            (prompt[0], "holds 1,077 numbers; its configuration needs 1,237"),
+            (prompt[:, None], r"holds tensors embeddings .6, 1, 32.; its configuration needs embeddings .6, 32."),
+        ):
+            self.put(saved[1], embeddings=wrong)
+            self.refuse(saved[1], message)
+
+    def test_a_folded_prompt_of_another_shape(self, saved, tmp_path):
+        folder = saved[0].fold().save_pretrained(tmp_path / "folded")
+        prompt = load_file(folder / "adapter_model.safetensors")["prompt"]
+        for wrong in (torch.cat([prompt, prompt]), torch.cat([prompt, prompt], 1), prompt[None]):
+            self.put(folder, prompt=wrong)
+            self.refuse(folder, r"its configuration needs prompt .6, 32.")
+        self.put(folder, prompt=prompt, offset=None)
+        self.refuse(folder, "its configuration needs 576")
+
+    @pytest.mark.parametrize("field", ["type", "format_version", "folded", "config", "backbone", "sha256"])
+    def test_a_configuration_without_a_field(self, saved, field):
+        path = saved[1] / "adapter_config.json"
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({name: value for name, value in record.items() if name != field}))
+        self.refuse(saved[1], f"adapter_config.json is damaged or of another version .{field} is missing; AdapterRecord needs")
+
+    def test_what_is_no_mapping(self, saved):
+        for content in ("[]", "7", "null", "[" * 10**5):
+            (saved[1] / "adapter_config.json").write_text(content)
+            self.refuse(saved[1], "adapter_config.json is damaged")
+
+    def test_an_adapter_of_peft(self, saved):
+        (saved[1] / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+        self.refuse(saved[1], "holds an adapter of PEFT, type 'LORA'; read prompts of PEFT with import_peft")
+
+    def test_what_is_no_model(self, saved):
+        for given in ("t5-base", None, saved[1]):
+            with pytest.raises(ValueError, match="give a model of transformers, such as load_backbone"):
+                EPTModel(given, EPTConfig(**SIZES))
+            with pytest.raises(ValueError, match="give a model of transformers, such as load_backbone"):
+                EPTModel.from_pretrained(given, saved[1])
+
+
+def test_what_could_not_be_read_again_is_not_written(saved, tmp_path):
+    model = saved[0]
+    with torch.no_grad():
+        model.prompt.embeddings[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="embeddings holds numbers that are not finite"):
+        model.save_pretrained(saved[1])
+    with pytest.raises(ValueError, match="embeddings holds numbers that are not finite"):
+        model.save_pretrained(tmp_path / "new")
+    assert EPTModel.from_pretrained(tiny_t5(), saved[1]) and not (tmp_path / "new").exists(), "the earlier adapter is still there, and whole"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_adapters_of_earlier_versions_are_read(saved, version):
+    as_written_by(version, saved[1], tiny_t5())
+    again = EPTModel.from_pretrained(tiny_t5(), saved[1])
+    assert asdict(again.prompt_config) == asdict(saved[0].prompt_config)
+    assert all(torch.equal(t, saved[0].adapter_tensors()[name]) for name, t in again.adapter_tensors().items())
+    other = tiny_t5()
+    flip(other.shared.weight, 0, bit=20)
+    with pytest.raises(ValueError, match="other weights than this backbone has"):
+        EPTModel.from_pretrained(other, saved[1])
+
+
+class TestEveryBitOfTheBackbone:
+    "An adapter knows all weights of its backbone."
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_is_seen_in_the_same_precision(self, dtype, tmp_path):
+        backbone = tiny_t5().to(dtype)
+        folder = EPTModel(backbone, EPTConfig(**SIZES)).save_pretrained(tmp_path)
+        assert EPTModel.from_pretrained(tiny_t5().to(dtype), folder)
+        for name, weight in backbone.named_parameters():
+            flip(weight)
+            with pytest.raises(ValueError, match="with other weights than this backbone has"):
+                EPTModel.from_pretrained(backbone, folder)
+            assert EPTModel.from_pretrained(backbone, folder, other_weights=True), name
+            flip(weight)
+        assert EPTModel.from_pretrained(backbone, folder), "as it was"
+
+    def test_of_bfloat16_is_seen_in_another_precision(self, saved):
+        """Of float32 the lower half is rounded away, which is what loading in bfloat16 does."""
+        assert EPTModel.from_pretrained(tiny_t5().bfloat16(), saved[1])
+        other = tiny_t5().bfloat16()
+        flip(other.lm_head.weight)
+        with pytest.raises(ValueError, match="with other weights than this backbone has"):
+            EPTModel.from_pretrained(other, saved[1])
+
+    def test_is_hashed_once_until_it_changes(self, monkeypatch):
+        from ept.model import weights
+
+        model, count, plain = tiny_t5(), [], weights._hash
+        monkeypatch.setattr(weights, "_hash", lambda *given: count.append(1) or plain(*given))
+        first = fingerprint(model)
+        assert fingerprint(model) == first and len(count) == 1
+        flip(model.shared.weight, bit=20)
+        assert fingerprint(model) != first and len(count) == 2
+        model.shared.weight.data += 1  # the way PEFT merges, which torch does not count
+        assert fingerprint(model) != first and len(count) == 3
+        model.load_state_dict(tiny_t5().state_dict())
+        assert fingerprint(model) == first
+
+
+def test_no_pickle_is_read(saved):
     (saved[1] / "adapter_model.bin").write_bytes(b"\x80\x04not a tensor")
     assert EPTModel.from_pretrained(tiny_t5(), saved[1]).num_trainable_parameters() == saved[0].num_trainable_parameters()

@@ -137,7 +137,7 @@ def _width(profile):
     paths, folder = Paths(profile), profile.backbone.folder
     places = [paths.backbone, *([paths.repository / folder] if folder else [])]
     place = next((place for place in places if (place / "config.json").is_file()), None)
-    return AutoConfig.from_pretrained(place).get_text_config().hidden_size if place else None
+    return AutoConfig.from_pretrained(place, trust_remote_code=False).get_text_config().hidden_size if place else None
 
 # %% ../../nbs/grid/51_configuration.ipynb #e838ac54
 def read_choice(

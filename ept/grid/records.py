@@ -19,8 +19,8 @@ from .preparation import read_rows, rows_chosen
 from .profiles import Paths, RunPlan
 from .provision import open_backbone
 from ..methods.catalogue import module_of
-from ..model.backbone import fingerprint
 from ..model.modeling import EPTModel
+from ..model.weights import fingerprint
 from ..training.evaluation import evaluate
 from ..training.inside import modules_moved
 from ..utils.files import write_atomic

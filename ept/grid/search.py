@@ -24,7 +24,8 @@ from .provision import open_backbone
 from .sources import source_folders
 from ..methods.catalogue import module_of
 from ..methods.registry import build_method, get_method
-from ..model.backbone import Backbone, fingerprint
+from ..model.backbone import Backbone
+from ..model.weights import fingerprint
 from ..training.config import RATES, NonFiniteLoss, TrainingConfig
 from ..training.curves import area_under
 from ..training.training import train

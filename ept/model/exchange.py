@@ -7,6 +7,7 @@ __all__ = ['import_dept', 'import_peft', 'export_peft']
 
 # %% ../../nbs/model/26_exchange.ipynb #6eacef12
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -18,10 +19,23 @@ from transformers import PreTrainedModel
 from .backbone import family_of
 from .families import FAMILIES
 from .modeling import EPTModel
+from .saving import check_numbers
 from ..prompt.soft import EPTConfig
+from ..utils.checking import from_dict
 from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/model/26_exchange.ipynb #efea5d28
+@dataclass(frozen=True)
+class _ForeignRecord:
+    "What matters of an `adapter_config.json` in PEFT's layout."
+
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    num_virtual_tokens: int | None = None  # m
+    lora_alpha: float = 8.0  # of DePT's pair
+
+
 def _read_foreign(folder, kinds):
     "Configuration and tensors of an adapter in PEFT's layout."
     folder = Path(folder)
@@ -29,20 +43,21 @@ def _read_foreign(folder, kinds):
     if not files or not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{folder} is not an adapter: adapter_config.json and adapter_model.safetensors (or .bin) are needed")
     try:
-        record = json.loads((folder / "adapter_config.json").read_text())
-        kind = record["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
+        said = json.loads((folder / "adapter_config.json").read_text())
+        record = from_dict(_ForeignRecord, {f.name: said[f.name] for f in fields(_ForeignRecord) if f.name in said})
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder / 'adapter_config.json'} is damaged, or not PEFT's ({error})") from error
-    if kind not in kinds:
-        raise ValueError(f"{folder} holds an adapter of type {kind!r}; this function reads {', '.join(kinds)}")
+    if record.peft_type not in kinds:
+        raise ValueError(f"{folder} holds an adapter of type {record.peft_type!r}; this function reads {', '.join(kinds)}")
     try:
         tensors = _read_tensors(files[0])
     except Exception as error:  # of the unpickler or of safetensors, whatever the bytes make of them
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{files[0]} is damaged, or holds more than tensors, which is never loaded ({reason})") from error
+    check_numbers(tensors, files[0])
     return record, tensors
 
-
+# %% ../../nbs/model/26_exchange.ipynb #26exc001
 def _read_tensors(file):
     "The tensors of a file, by name."
     if file.suffix == ".safetensors":
@@ -58,15 +73,17 @@ def _check_fit(record, tensors, backbone, folder, names):
     if set(tensors) != set(names):
         raise ValueError(f"{folder} holds tensors {', '.join(sorted(tensors))}; needed are {', '.join(names)}")
     width, family = backbone.get_input_embeddings().weight.shape[1], family_of(backbone)
+    if wrong := [f"{name} {list(tensor.shape)}" for name, tensor in tensors.items() if tensor.dim() != 2 or not tensor.numel()]:
+        raise ValueError(f"{folder} holds {', '.join(wrong)}; each tensor must have two dimensions, neither of them 0, such as a prompt's [m, d]")
     prompt = tensors[names[0]]
-    if record.get("task_type") not in (None, FAMILIES[family].peft_task_type) or prompt.shape[-1] != width:
+    if record.task_type not in (None, FAMILIES[family].peft_task_type) or prompt.shape[-1] != width:
         raise ValueError(
-            f"{folder} was trained on {record.get('base_model_name_or_path') or 'a backbone'} ({record.get('task_type')}, width {prompt.shape[-1]});"
+            f"{folder} was trained on {record.base_model_name_or_path or 'a backbone'} ({record.task_type}, width {prompt.shape[-1]});"
             f" this backbone is {family} of width {width}: load the backbone it was trained on"
         )
-    if len(prompt) != record.get("num_virtual_tokens", len(prompt)):
+    if record.num_virtual_tokens not in (None, len(prompt)):
         raise ValueError(
-            f"{folder} holds {len(prompt)} rows for {record['num_virtual_tokens']} prompt tokens; prompts of the decoder are not supported:"
+            f"{folder} holds {len(prompt)} rows for {record.num_virtual_tokens} prompt tokens; prompts of the decoder are not supported:"
             " train with num_transformer_submodules=1"
         )
 
@@ -87,7 +104,7 @@ def import_dept(
     (length, width), (covered, rank) = prompt.shape, a.shape
     used = length * width + (covered + width) * rank
     config = EPTConfig(
-        prompt_length=-(-used // width), short_length=length, max_length=covered, rank=rank, alpha=float(record.get("lora_alpha", 8)),
+        prompt_length=-(-used // width), short_length=length, max_length=covered, rank=rank, alpha=record.lora_alpha,
         fusion=False, projection=False, initialisation="random",
     )
     model = EPTModel(backbone, config)

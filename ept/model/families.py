@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import ModelOutput
 
 from .backbone import family_of
+from .inputs import learned_positions, no_labels
 
 # %% ../../nbs/model/22_families.ipynb #29ea375f
 def padding_last(
@@ -57,9 +58,10 @@ class EncoderDecoder:
     name = "encoder-decoder"
     peft_task_type = "SEQ_2_SEQ_LM"
     copies_text = False  # whether candidates of several tokens are scored on copies of the text
+    answers_inside = False  # whether the answer is a part of the text, so that labels have its shape
 
     def __init__(self, backbone: PreTrainedModel):
-        self.backbone = backbone
+        self.backbone, self.positions = backbone, learned_positions(backbone)
 
     @staticmethod
     def training_rows(texts: list[list[int]], targets: list[list[int]]) -> tuple[list[list[int]], list[list[int]], int]:
@@ -124,9 +126,10 @@ class DecoderOnly:
     name = "decoder-only"
     peft_task_type = "CAUSAL_LM"
     copies_text = True  # whether candidates of several tokens are scored on copies of the text
+    answers_inside = True  # whether the answer is a part of the text, so that labels have its shape
 
     def __init__(self, backbone: PreTrainedModel):
-        self.backbone, self.shared_prefix = backbone, True
+        self.backbone, self.positions, self.shared_prefix = backbone, learned_positions(backbone), True
 
     @staticmethod
     def training_rows(texts: list[list[int]], targets: list[list[int]]) -> tuple[list[list[int]], list[list[int]], int]:
@@ -191,6 +194,8 @@ def forward(
         previous, target = F.pad(hidden[:, :-1], (0, 0, 1, 0)), labels.index_fill(1, labels.new_zeros(1), -100)
     chosen = target != -100
     logits = head(previous[chosen])
+    if not len(logits):
+        raise no_labels()
     loss = F.cross_entropy(logits.float(), target[chosen])
     return PromptedOutput(loss=loss, logits=logits if only_labelled else reorder(back, head(hidden)))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .families import DecoderOnly, EncoderDecoder
+from .inputs import check_candidates, check_room, vocabulary_size
 
 # %% ../../nbs/model/23_scoring.ipynb #c9b6736f
 def score_candidates(
@@ -21,11 +22,11 @@ def score_candidates(
     attention_mask: Tensor,  # [B, L]
     candidates: Sequence[Sequence[int]],  # token ids of each, n of them, none empty
 ) -> Tensor:  # log-probability of each candidate after the text, float32, [B, n]
-    "Log-probability of each candidate's whole token sequence; `ValueError` for no candidate or an empty one."
-    if not len(candidates) or not all(len(c) for c in candidates):
-        raise ValueError(f"candidates are {candidates!r}; give at least one token sequence, none of them empty")
+    "Log-probability of each candidate's whole token sequence; `ValueError` for no candidate, an empty one, or token ids that the backbone does not have."
+    candidates = check_candidates(candidates, vocabulary_size(family.backbone))
     rows, number, longest = len(text), len(candidates), max(map(len, candidates))
-    tokens = torch.tensor([c + [0] * (longest - len(c)) for c in map(list, candidates)], device=text.device)
+    check_room(longest + (prompt.shape[-2] + text.shape[1] - 1 if family.answers_inside else 0), family.positions)
+    tokens = torch.tensor([c + [0] * (longest - len(c)) for c in candidates], device=text.device)
     real = torch.tensor([[i < len(c) for i in range(longest)] for c in candidates], device=text.device)
     logits, proceed = family.read(prompt, text, attention_mask)
     result = logits.float().log_softmax(-1)[:, tokens[:, 0]]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from .backbone import fingerprint
+from .weights import fingerprint, has_weights
 
 # %% ../../nbs/model/20a_updates.ipynb #36d84873
 def apply_update(
@@ -22,10 +22,13 @@ def apply_update(
     "Add a low-rank update to the weights of a model folder; `ValueError` before anything changes when it belongs to another model."
     from peft import PeftModel
 
-    model, record = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), json.loads((Path(update) / "training.json").read_text())
-    if record["backbone"]["fingerprint"] != (found := fingerprint(model)):
+    if not (Path(update) / "adapter_model.safetensors").is_file():
+        raise FileNotFoundError(f"{update} is no update: adapter_model.safetensors is missing, and a pickle (.bin) is never opened; bring it with `dvc pull`")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True)
+    record = json.loads((Path(update) / "training.json").read_text())
+    if not has_weights(model, record["backbone"]["fingerprint"]):
         raise ValueError(
             f"{update} was trained on {record['backbone']['name']}, fingerprint {record['backbone']['fingerprint']};"
-            f" {folder} holds a model with fingerprint {found}: take the model it was trained on"
+            f" {folder} holds a model with fingerprint {fingerprint(model)}: take the model it was trained on"
         )
     PeftModel.from_pretrained(model, update).merge_and_unload().save_pretrained(folder)

@@ -91,6 +91,10 @@ def check(self: EPTConfig) -> None:
         )
     check_range(self, ("prompt_length", "short_length"), least=0)
     check_range(self, ("max_length", "fusion_width", "spaces", "space_width", "covered_length"), least=1)
+    check_range(self, ("seed",), least=-(2**63), most=2**63 - 3)  # and the next two, of 64 bits
+    for name in ("alpha", "fusion_start"):
+        if not math.isfinite(getattr(self, name)):
+            raise ValueError(f"{name} is {getattr(self, name)}; it must be a finite number")
     if self.rank is not None and self.rank < 0:
         raise ValueError(f"rank is {self.rank}; it must be at least 1, 0 for no pair, or None for the largest that fits")
 

@@ -26,9 +26,10 @@ from ..data.tasks import Task, get_task
 from ..methods.catalogue import SHARED, module_of
 from ..methods.registry import get_method
 from ..methods.sources import read_sources
-from ..model.backbone import Backbone, fingerprint
+from ..model.backbone import Backbone
 from ..model.families import PromptedOutput
 from ..model.modeling import EPTModel, start_of
+from ..model.weights import fingerprint
 from ..prompt.base import Prompt
 from .batching import collate
 from .config import TrainingConfig

@@ -26,8 +26,9 @@ from ..data.parts import sharing
 from ..data.tasks import TASKS, Task
 from ..methods.lora import LowRankUpdate
 from ..methods.registry import get_method
-from ..model.backbone import Backbone, fingerprint
+from ..model.backbone import Backbone
 from ..model.modeling import EPTModel
+from ..model.weights import fingerprint
 from ..prompt.soft import EPTConfig
 from .batching import collate, plan_batches
 from .config import TrainingConfig

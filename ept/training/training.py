@@ -30,8 +30,10 @@ from ..data.tasks import Task, get_task
 from ..methods.catalogue import module_of
 from ..methods.registry import Method, build_method, get_method
 from ..methods.sources import SharedPrompt, read_sources, sources_of
-from ..model.backbone import Backbone, fingerprint
+from ..model.backbone import Backbone
+from ..model.inputs import check_tokens, vocabulary_size
 from ..model.modeling import EPTModel
+from ..model.weights import fingerprint
 from .batching import collate, plan_batches
 from .config import TrainingConfig
 from .inside import modules_moved
@@ -211,9 +213,10 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
     from ept.training.trainer import ProgressBar, PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
 
+    check_tokens("the training set", (ids for row in job.features for ids in row[:2]), vocabulary_size(job.model.backbone))
     plan, on_cpu = job.plan(), job.backbone.model.device.type == "cpu"
     job.model.prompt.cover(max(len(row[0]) for row in job.features))
-    identity = job.config | {"data": job.digest(), "dtype": str(job.backbone.model.dtype)}
+    identity = job.config | {"data": job.digest(), "dtype": str(job.backbone.model.dtype), "weights": fingerprint(job.backbone.model, exact=True)}
     checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
     trainer = PromptTrainer(
         job.model, plan, job.features, job.collate, job.validate, optimizer_groups(job.model, job.training), seconds, eval_dataset=job.features,
