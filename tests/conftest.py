@@ -1,6 +1,8 @@
 """What the tests share: tiny backbones of both families with random weights, and a tokenizer that needs no download."""
 
 import gc
+import hashlib
+import json
 import os
 import random
 from collections import Counter
@@ -11,6 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 from ept.model.backbone import Backbone
+from ept.model.saving import FIRST_READING, adapter_digest
+from ept.model.weights import sample_fingerprint
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -88,6 +92,26 @@ def perturbed(model):
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def seal(folder, **values):
+    """Change the configuration and give both files a checksum that fits, as somebody would who knows how it is made."""
+    path, weights = folder / "adapter_config.json", (folder / "adapter_model.safetensors").read_bytes()
+    record = json.loads(path.read_text()) | values
+    digest = adapter_digest(record, weights) if record["format_version"] >= 3 else hashlib.sha256(weights).hexdigest()
+    path.write_text(json.dumps(record | {"sha256": digest}))
+
+
+def as_written_by(version, folder, backbone):
+    """The adapter as an earlier version wrote it: a hash of the tensors alone, a fingerprint of a sample of the weights."""
+    path = folder / "adapter_config.json"
+    record = json.loads(path.read_text())
+    record["backbone"] = {name: record["backbone"][name] for name in ("name", "family", "width")} | {"fingerprint": sample_fingerprint(backbone)}
+    record["format_version"] = version
+    if version == 1:
+        record["config"] = {name: value for name, value in record["config"].items() if name not in FIRST_READING}
+    path.write_text(json.dumps(record))
+    seal(folder)
 
 
 @pytest.fixture(params=list(MODELS))

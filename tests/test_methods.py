@@ -15,7 +15,7 @@ from ept.methods.sources import SOURCE_TASKS, SharedPrompt, read_sources, source
 from ept.model.modeling import EPTModel
 from ept.model.saving import FIRST_READING, sizes_of
 from ept.prompt.base import KINDS
-from tests.conftest import WIDTH, tiny_llama, tiny_t5
+from tests.conftest import WIDTH, as_written_by, tiny_llama, tiny_t5
 
 SIZES = dict(prompt_length=20, short_length=4, max_length=12, spaces=2, space_width=1, fusion_width=1)
 
@@ -274,6 +274,7 @@ def test_adapters_keep_their_meaning_under_former_names(former, method, tmp_path
     file = model.save_pretrained(tmp_path) / "adapter_config.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"type": former, "extra": record.get("extra", {})}))
+    as_written_by(2, tmp_path, tiny_t5())
     again = EPTModel.from_pretrained(tiny_t5(), tmp_path)
     assert all(torch.equal(tensor, again.adapter_tensors()[name]) for name, tensor in model.adapter_tensors().items())
 
@@ -350,7 +351,7 @@ def test_the_family_of_ept_starts_and_is_saved_as_ever(tmp_path):
         model = build_method(name, tiny_t5(), seed=3, **SIZES)
         record = json.loads((model.save_pretrained(tmp_path / name) / "adapter_config.json").read_text())
         assert list(record) == ["type", "format_version", "folded", "config", "backbone", "sha256"]
-        assert record["type"] == "ept" and record["format_version"] == 2 and list(record["config"]) == [*CONFIG_FIELDS, *FIRST_READING]
+        assert record["type"] == "ept" and record["format_version"] == 3 and list(record["config"]) == [*CONFIG_FIELDS, *FIRST_READING]
         assert list(model.prompt.state_dict()) == list(START[name])
         for tensor, total in START[name].items():
             assert_close(model.prompt.state_dict()[tensor].double().abs().sum().item(), total, rtol=1e-5, atol=1e-5)

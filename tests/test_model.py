@@ -1,7 +1,6 @@
 """Properties of a prompt on a backbone that are not the same for every method."""
 
 import copy
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -12,10 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from ept.model.modeling import EPTModel
-from ept.model.saving import FIRST_READING, adapter_digest
-from ept.model.weights import fingerprint, sample_fingerprint
+from ept.model.weights import fingerprint
 from ept.prompt.soft import EPTConfig
-from tests.conftest import MODELS, WIDTH, tiny_llama, tiny_t5
+from tests.conftest import MODELS, WIDTH, as_written_by, seal, tiny_llama, tiny_t5
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2)
 IDS, MASK = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -71,26 +69,6 @@ def test_only_the_pair_moves_the_text_by_position():
 def saved(tmp_path):
     model = EPTModel(tiny_t5(), EPTConfig(**SIZES))
     return model, model.save_pretrained(tmp_path / "adapter")
-
-
-def seal(folder, **values):
-    """Change the configuration and give both files a checksum that fits, as somebody would who knows how it is made."""
-    path, weights = folder / "adapter_config.json", (folder / "adapter_model.safetensors").read_bytes()
-    record = json.loads(path.read_text()) | values
-    digest = adapter_digest(record, weights) if record["format_version"] >= 3 else hashlib.sha256(weights).hexdigest()
-    path.write_text(json.dumps(record | {"sha256": digest}))
-
-
-def as_written_by(version, folder, backbone):
-    """The adapter as an earlier version wrote it: a hash of the tensors alone, a fingerprint of a sample of the weights."""
-    path = folder / "adapter_config.json"
-    record = json.loads(path.read_text())
-    record["backbone"] = {name: record["backbone"][name] for name in ("name", "family", "width")} | {"fingerprint": sample_fingerprint(backbone)}
-    record["format_version"] = version
-    if version == 1:
-        record["config"] = {name: value for name, value in record["config"].items() if name not in FIRST_READING}
-    path.write_text(json.dumps(record))
-    seal(folder)
 
 
 def flip(tensor, index=-1, bit=0):

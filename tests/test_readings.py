@@ -12,7 +12,7 @@ from ept.methods.registry import METHODS, build_method
 from ept.model.modeling import EPTModel
 from ept.model.saving import FIRST_READING
 from ept.prompt.soft import CHOICES, EPTConfig, SoftPrompt
-from tests.conftest import WIDTH, perturbed, tiny_llama, tiny_t5
+from tests.conftest import WIDTH, as_written_by, perturbed, tiny_llama, tiny_t5
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2, seed=3)
 IDS, MASK = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -40,11 +40,8 @@ def test_the_defaults_are_the_first_reading():
 
 def version_one(folder):
     "An adapter as it was written before there were other readings."
-    file = folder / "adapter_config.json"
-    record = json.loads(file.read_text())
-    record["config"] = {name: value for name, value in record["config"].items() if name not in FIRST_READING}
-    file.write_text(json.dumps(record | {"format_version": 1}))
-    return record["config"]
+    as_written_by(1, folder, tiny_t5())
+    return json.loads((folder / "adapter_config.json").read_text())["config"]
 
 
 @pytest.mark.parametrize("method", ["ept", "dept", "pt", "frozen"])
