@@ -13,6 +13,7 @@ import threading
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from ept.methods.registry import build_method
 from ept.model import backbone as library
@@ -225,7 +226,7 @@ def test_code_that_comes_with_a_model_never_runs_and_nobody_is_asked(folder, tmp
 
 def test_code_that_comes_with_a_tokenizer_never_runs(folder, tmp_path, monkeypatch):
     (folder / "own.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "eos_token": "</s>", "auto_map": {"AutoTokenizer": ["own.Own", None]}}))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on the terminal"))
     assert load_backbone(str(folder)).tokenizer("text").input_ids, "by tokenizer.json, which is data"
     assert not (tmp_path / "ran").exists()
@@ -295,3 +296,41 @@ def test_a_model_without_text_is_refused(tmp_path):
     byte_tokenizer(eos=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is a model of type 'vit', which is no language model that generates text; choose one like T5"):
         load_backbone(str(tmp_path))
+
+
+# ---- backbones that are not whole ------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_is_not_there_is_named(folder):
+    with pytest.raises(ValueError, match="device is 'cuda:99', which is not there; this machine has cpu"):
+        load_backbone(str(folder), device="cuda:99")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_folder_says_so_and_not_that_the_network_failed(folder, name):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="is damaged .*bring the folder anew") as error:
+        load_backbone(str(folder))
+    assert "network" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_weight_that_is_missing_is_not_made_up(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor for name, tensor in tensors.items() if "block.1.layer.0.SelfAttention.q" not in name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 2 of its weights, such as decoder.block.1.layer.0.SelfAttention.q.weight"):
+        load_backbone(str(folder))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    tokenizer = byte_tokenizer(eos=False)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no end token, which ends every answer; set tokenizer.eos_token"):
+        load_backbone(str(tmp_path))
+
+
+def test_a_misspelled_backbone_is_answered_with_the_nearest():
+    with pytest.raises(FileNotFoundError, match="did you mean 'smollm2'?"):
+        load_backbone("smolm2")

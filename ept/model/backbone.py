@@ -8,6 +8,7 @@ __all__ = ['LARGE', 'SOURCES', 'family_of', 'Backbone', 'resolve_device', 'has_b
 
 # %% ../../nbs/model/20_backbone.ipynb #2b3e01b6
 import ctypes
+import difflib
 import importlib.util
 import inspect
 import json
@@ -79,12 +80,21 @@ LARGE = 500_000  # parameters from which bfloat16 is worth its conversions on a 
 def resolve_device(
     device: str = "auto",  # "auto" or any name torch knows
 ) -> torch.device:
-    "The device a name stands for."
+    "The device a name stands for; `ValueError` for one that is not there."
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    there = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+        device = "cuda" if gpus else "cpu"
+    try:
+        found = torch.device(device)
+        if found.type in ("cpu", "meta") or str(found) in there or (found.type == "cuda" and found.index is None and gpus):
+            return found
+        torch.empty(0, device=found)  # of another kind: whether it is there, only PyTorch knows
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device is {device!r}, which is not there; this machine has {', '.join(there)}: take one of them, or leave it at auto") from error
+    return found
 
-
+# %% ../../nbs/model/20_backbone.ipynb #20dev001
 def has_bfloat16(
     device: torch.device,
 ) -> bool:
@@ -193,8 +203,12 @@ def _unsafe(name, said):
 def _unreachable(name, error):
     "The error for a model that can neither be downloaded nor found in the cache."
     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if (Path(name) / "config.json").is_file():
+        return ValueError(f"the backbone in {name} is damaged ({reason}); bring the folder anew, as save_pretrained writes it, or remove it and run make reproduce")
+    near = difflib.get_close_matches(str(name), ["embedded", *SOURCES], n=1, cutoff=0.7)
+    guess = f" did you mean {near[0]!r}?" if near else ""
     return FileNotFoundError(
-        f"backbone {name!r} is neither a readable folder nor in the hub's cache, and the hub did not deliver it ({reason});"
+        f"backbone {name!r} is neither a readable folder nor in the hub's cache, and the hub did not deliver it ({reason});{guess}"
         " check the name and the network, set HF_HOME to a filled cache, or pass a local folder; in a profile that is backbone: {name: ..., folder: ...}"
         f" (known names: {', '.join(SOURCES)})"
     )
@@ -299,9 +313,14 @@ def load_backbone(
     auto, device = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, resolve_device(device)
     dtype = resolve_precision(precision, device, _outline(name, auto, config).num_parameters())
     with _reachable(name):
-        model = auto.from_pretrained(location, dtype=dtype, use_safetensors=True, **safe).to(device)
+        model, loaded = auto.from_pretrained(location, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe)
+    if absent := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
+        raise ValueError(f"backbone {name!r} lacks {len(absent)} of its weights, such as {absent[0]}; bring it anew, whole")
+    model = model.to(device)
     if device.type == "cpu":  # the backward pass of fused attention is slow on CPUs
         model.set_attn_implementation("eager")
+    if tokenizer.eos_token is None:
+        raise ValueError(f"the tokenizer of backbone {name!r} has no end token, which ends every answer; set tokenizer.eos_token and save it with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return Backbone(model.eval().requires_grad_(False), tokenizer, label, revision or _commit(location))
