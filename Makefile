@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce status pipeline profile data backbone bench lint test test-quick test-slurm outputs export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench lint test test-quick test-slurm outputs export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,8 +42,11 @@ smollm2-weights: $(READY)
 reproduce: $(READY) $(WEIGHTS)  ## the whole grid of PROFILE, from the rows to the report
 	@$(BIN)/python nbs/pipelines/reproduce.py --profile $(PROFILE) $(if $(JOBS),--jobs $(JOBS)) $(ARGS)
 
+mend: $(READY)  ## make whole what a killed `dvc repro` has cut off (`make reproduce` and `make status` do it first)
+	@cd $(FOLDER) && $(CURDIR)/$(BIN)/python $(CURDIR)/nbs/pipelines/mend.py
+
 status: $(READY)  ## what `make reproduce` would do, and why
-	@cd $(FOLDER) && $(CURDIR)/$(BIN)/dvc status
+	@cd $(FOLDER) && $(CURDIR)/$(BIN)/python $(CURDIR)/nbs/pipelines/mend.py && $(CURDIR)/$(BIN)/dvc status
 
 profile: $(READY)  ## a new profile in profiles/NAME, with the parameters of FROM; TASKS="reviews.yaml": on tasks of your own
 	@$(BIN)/python nbs/pipelines/layout.py --new "$(NAME)" --from "$(FROM)" $(if $(TASKS),--tasks $(TASKS))

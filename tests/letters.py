@@ -76,12 +76,12 @@ PASS = """
 import json, sys
 from ept.workflow.clusters import Cluster
 from ept.workflow.scheduling import reproduce
-from ept.workflow.stages import Stages, only_coordinator
+from ept.workflow.stages import Stages, keep_others_away, only_coordinator
 from ept.workflow.workers import Setup
 
 if __name__ == "__main__":
     root, cluster = sys.argv[1], Cluster(**json.loads(sys.argv[2]))
-    with only_coordinator(root):
+    with only_coordinator(root), keep_others_away(root, print):
         summary = reproduce(Stages(root), cluster, Setup(f"{root}/logs", f"{root}/.dvc/tmp/stages"))
     sys.exit(130 if summary.stopped else 0 if summary.complete else 1)
 """

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ept.utils.locks import only_one
 
 from ept.utils.files import replace_folder, sweep, temporary_folder, whole_file, whole_folder, write_atomic
+from ept.utils.locks import only_one
 
 ROOT = Path(__file__).resolve().parents[1]
 FORK = multiprocessing.get_context("fork")
@@ -183,8 +183,8 @@ def test_no_two_are_at_one_place_though_its_folder_is_removed(tmp_path):
             with only_one(tmp_path / "place" / "lock", "here", said.append):
                 at.append(1)
                 most.append(len(at))
-                (tmp_path / "place" / "lock").unlink()
                 at.pop()
+                (tmp_path / "place" / "lock").unlink()
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -15,6 +15,7 @@ from itertools import product
 
 import pytest
 
+from tests.letters import below
 from tests.miniature import PARAMETERS, TASKS, Clone
 
 # ---- learning rates and sources -----------------------------------------------------------------------------------------
@@ -165,17 +166,18 @@ def test_wrong_parameters_stop_before_anything_trains(clone):
 # ---- killed runs --------------------------------------------------------------------------------------------------------
 
 
-def kill_in_training(clone, key, step, command):
-    """Start a command, kill everything it has started once a checkpoint of `step` is whole; the checkpoints that are left."""
-    process = subprocess.Popen([sys.executable, *command], cwd=clone.root, env=clone.environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def end_in_training(clone, key, step, command, how=signal.SIGKILL):
+    """Start a command, send a signal to everything it has started once a checkpoint of `step` is whole; the checkpoints that are left, the exit status, and what was said."""
+    pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, *command], cwd=clone.root, env=clone.environment(), start_new_session=True, **pipe)
     folder = clone.root / "runs" / "checkpoints" / key
     deadline = time.monotonic() + 180
     while not list(folder.glob(f"checkpoint-{step}/whole.json")):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    return sorted(p.name for p in folder.glob("checkpoint-*"))
+    os.killpg(process.pid, how)
+    said = process.communicate(timeout=10)[1]
+    return sorted(p.name for p in folder.glob("checkpoint-*")), process.returncode, said
 
 
 @pytest.mark.slow
@@ -193,10 +195,30 @@ def test_a_killed_run_ends_with_the_same_bits(clone, method):
     shutil.rmtree(clone.root / adapter)
     (clone.root / "tasks" / "cola" / "dvc.lock").unlink()
 
-    left = kill_in_training(clone, key, 9, repro)
+    left = end_in_training(clone, key, 9, repro)[0]
     assert left and not (clone.root / adapter / "adapter_config.json").exists()
     assert max(int(name.split("-")[1]) for name in left) < 60, "killed too late to prove anything"
     text = clone.call(*repro)
     assert re.search(r"\|\s*(9|1\d|2\d|3\d|4\d|5\d)/60", text) and not re.search(r"\|\s*[0-8]/60", text), "it went on from the checkpoint"
+    assert (clone.files(adapter), scores.read_bytes()) == undisturbed
+    assert not (clone.root / "runs" / "checkpoints" / key).exists(), "they go when the run is recorded"
+
+    train, lock = repro[:-1], clone.root / "tasks" / "cola" / "dvc.lock"
+    shutil.rmtree(clone.root / adapter)
+    left, status, said = end_in_training(clone, key, 9, ["nbs/pipelines/run.py", "train", "--task", "cola", "--method", method], signal.SIGINT)
+    assert (status, said.splitlines()[-1]) == (130, "stopped; the same command goes on from the last checkpoint, or begins anew where there is none") and "Traceback" not in said
+    assert left and not below(clone.root), "nothing goes on"
+    clone.call(*train)
+    before = lock.read_text()
+    lock.write_text("")
+    assert "dvc.lock was cut off when a command of DVC was killed; mended" in clone.call("nbs/pipelines/mend.py")
+    assert "didn't change, skipping" in clone.call(*train)
+    lock.unlink()  # as if it was killed before the training was recorded
+    assert not re.search(r"\|\s*[0-5]?\d/60", clone.call(*train)) and clone.files(adapter) == undisturbed[0], "not a step is made again"
+    lock.write_text(before)
+    clone.call(*repro)
+    lock.write_text(before[: before.index(f"  evaluate@{method}")])  # DVC does not see that; the stage does
+    assert "give the same command again" in clone.call(*repro, fails=True)
+    clone.call(*repro)
     assert (clone.files(adapter), scores.read_bytes()) == undisturbed
     clone.write(PARAMETERS)

@@ -1,7 +1,13 @@
 """Training: learning rates, batches, resume, and what happens when it goes wrong."""
 
 import copy
+import errno
 import json
+import os
+import pickle
+import shutil
+import threading
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -18,6 +24,7 @@ from ept.methods.sources import SOURCE_TASKS
 from ept.model.modeling import EPTModel
 from ept.prompt.soft import SoftPrompt
 from ept.training import training
+from ept.training.checkpoints import last_checkpoint, seal_checkpoint
 from ept.training.config import NonFiniteLoss, TrainingConfig
 from ept.training.curves import area_under, at_shares, steps_to
 from ept.training.evaluation import evaluate
@@ -271,24 +278,156 @@ def test_a_stopped_run_ends_with_the_same_bits(method, stop_at, backbone, data, 
         assert (whole.adapter_dir / name).read_bytes() == (resumed.adapter_dir / name).read_bytes(), name
 
 
-def test_a_half_written_checkpoint_does_not_count(backbone, data, tmp_path):
-    options = dict(training=CONFIG, sizes=SIZES, progress=False)
-    whole = train(TASK, "pt", 0, backbone, data, tmp_path / "whole", **options)
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A training that was killed behind its third checkpoint, and what it would have become: arguments, folder of checkpoints, adapter."""
+    folder, step = tmp_path_factory.mktemp("interrupted"), PromptTrainer.training_step
+    rows = [{"text": f"{w} {n}", "label": int(w == "red")} for n in range(8) for w in ("red", "blue")]
+    data = DatasetDict({split: Dataset.from_list(rows) for split in ("train", "validation")})
+    arguments = (TASK, "ept", 0, tiny_backbone("t5"), data)
+    options = dict(training=replace(CONFIG, learning_rate=1e-30, pair_learning_rate=1e-30), sizes=SIZES, progress=False)  # the first validation is the best
+
+    def stopping(self, *arguments, **keywords):
+        if self.state.global_step == 6:
+            raise Stopped
+        return step(self, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PromptTrainer, "training_step", stopping)
+        with pytest.raises(Stopped):
+            train(*arguments, folder / "stopped", folder / "checkpoints", **options)
+    whole = train(*arguments, folder / "whole", **options)
+    return lambda place, checkpoints: train(*arguments, place, checkpoints, **options), folder / "checkpoints", whole.adapter_dir
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+FILES = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "whole.json")
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [flip, cut, lambda file: file.unlink()], ids=["flipped", "cut", "missing"])
+def test_a_checkpoint_that_is_not_what_was_written_is_dropped_with_a_line(interrupted, tmp_path, caplog, file, damage):
+    shutil.copytree(interrupted[1], tmp_path / "c")
+    before, newest = tmp_path / "c" / "checkpoint-2", tmp_path / "c" / "checkpoint-6"
+    run = json.loads((newest / "whole.json").read_text())["run"]
+    damage(newest / file)
+    assert last_checkpoint(tmp_path / "c", run)[0] == before and not newest.exists()
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.startswith(f"{newest} is dropped: {file}") for text in told] == [True] * (file != "whole.json" or "lambda" not in damage.__name__)
+
+
+def test_a_damaged_checkpoint_changes_no_bit(interrupted, tmp_path):
+    resume, checkpoints, whole = interrupted
+    shutil.copytree(checkpoints, tmp_path / "c")
+    (tmp_path / "c" / "checkpoint-6" / "optimizer.pt").unlink()
+    run = resume(tmp_path / "a", tmp_path / "c")
+    assert {p.name: p.read_bytes() for p in run.adapter_dir.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+def test_the_best_checkpoint_is_needed_too(interrupted, tmp_path, caplog, monkeypatch):
+    resume, checkpoints, whole = interrupted
+    shutil.copytree(checkpoints, tmp_path / "c")
+    flip(tmp_path / "c" / "checkpoint-2" / "adapter_model.safetensors")
+    run = resume(tmp_path / "a", tmp_path / "c")
+    assert (run.adapter_dir / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    assert any("checkpoint-2, the best until then, is gone" in record.getMessage() for record in caplog.records)
+
+
+def test_checkpoints_may_move_with_their_folder(interrupted, tmp_path):
+    """The Trainer writes their path down."""
+    resume, checkpoints, whole = interrupted
+    shutil.copytree(checkpoints, tmp_path / "elsewhere")
+    run = resume(tmp_path / "a", tmp_path / "elsewhere")
+    assert {p.name: p.read_bytes() for p in run.adapter_dir.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+
+
+class Harmful:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_in_a_checkpoint_is_executed(interrupted, tmp_path, file):
+    """Not even where its seal was made for it."""
+    resume, checkpoints, _ = interrupted
+    shutil.copytree(checkpoints, tmp_path / "c")
+    newest = tmp_path / "c" / "checkpoint-6"
+    torch.save(Harmful(), newest / file)
+    seal = json.loads((newest / "whole.json").read_text())
+    seal_checkpoint(newest, seal["run"], seal["seconds"])
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        resume(tmp_path / "a", tmp_path / "c")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_half_written_checkpoint_does_not_count(interrupted, tmp_path, caplog):
+    resume, _, whole = interrupted
     broken = tmp_path / "checkpoints" / "checkpoint-6"
     broken.mkdir(parents=True)
     (broken / "adapter_model.safetensors").write_bytes(b"half")
-    again = train(TASK, "pt", 0, backbone, data, tmp_path / "again", tmp_path / "checkpoints", **options)
-    assert (whole.adapter_dir / "adapter_model.safetensors").read_bytes() == (again.adapter_dir / "adapter_model.safetensors").read_bytes()
+    (broken.with_name("checkpoint-x")).mkdir()
+    run = resume(tmp_path / "a", tmp_path / "checkpoints")
+    assert (run.adapter_dir / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    assert not caplog.records
 
 
-def test_checkpoints_of_another_configuration_are_not_continued(tmp_path):
-    folder = tmp_path / "checkpoints"
-    (folder / "checkpoint-2").mkdir(parents=True)
-    (folder / "checkpoint-2" / "whole.json").write_text('{"seconds": 1.0}')
-    (folder / "run.json").write_text('{"steps": 8}')
-    assert training._last_checkpoint(folder, {"steps": 8}) == (str(folder / "checkpoint-2"), 1.0)
-    assert training._last_checkpoint(folder, {"steps": 9}) == (None, 0.0)
-    assert not (folder / "checkpoint-2").exists()
+def test_checkpoints_of_another_configuration_are_not_continued(interrupted, tmp_path):
+    shutil.copytree(interrupted[1], tmp_path / "c")
+    run = json.loads((tmp_path / "c" / "checkpoint-6" / "whole.json").read_text())["run"]
+    assert last_checkpoint(tmp_path / "c", run)[0].name == "checkpoint-6"
+    assert last_checkpoint(tmp_path / "c", "other") == (None, 0.0) and not list((tmp_path / "c").glob("checkpoint-*"))
+
+
+def test_a_training_that_ended_is_not_made_again_because_its_last_files_could_not_be_written(interrupted, tmp_path, monkeypatch):
+    resume, checkpoints, whole = interrupted
+    shutil.copytree(checkpoints, tmp_path / ".a-checkpoints")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_json", full)
+        with pytest.raises(OSError, match="No space left on device: '.*a'"):
+            resume(tmp_path / "a", None)
+    assert [p.name for p in tmp_path.iterdir()] == [".a-checkpoints"]
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptTrainer, "training_step", None)
+        run = resume(tmp_path / "a", None)
+    assert {p.name: p.read_bytes() for p in run.adapter_dir.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["a"], "the checkpoints go last"
+
+
+def test_two_trainings_of_one_run_at_once_lose_nothing(interrupted, tmp_path, caplog, monkeypatch):
+    """The second waits, says for whom, and finds the work done."""
+    resume, checkpoints, whole = interrupted
+    shutil.copytree(checkpoints, tmp_path / "c")
+    step, begun, steps = PromptTrainer.training_step, threading.Event(), []
+
+    def slow(self, *arguments, **keywords):
+        begun.set()
+        steps.append(self.state.global_step)
+        time.sleep(0.2)
+        return step(self, *arguments, **keywords)
+
+    monkeypatch.setattr(PromptTrainer, "training_step", slow)
+    first = threading.Thread(target=resume, args=(tmp_path / "a", tmp_path / "c"))
+    first.start()
+    assert begun.wait(60)
+    second = resume(tmp_path / "b", tmp_path / "c")
+    first.join()
+    assert steps == [6, 7]
+    assert [f"process {os.getpid()} on " in r.getMessage() and "this one waits for its end" in r.getMessage() for r in caplog.records if "at work" in r.getMessage()] == [True]
+    for folder in (tmp_path / "a", second.adapter_dir):
+        assert (folder / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):

@@ -17,8 +17,10 @@ from dvc.lock import LockError
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
 from ept.workflow.clusters import BATCH, Cluster, LocalWorkers, Workers
+from ept.workflow.lock_files import cut_off, entries_of, keep_locks
+from ept.workflow.mending import at_work, mend_locks
 from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch
-from ept.workflow.stages import Stages, only_coordinator, with_entry
+from ept.workflow.stages import Stages, keep_others_away, only_coordinator, with_entry
 from ept.workflow.workers import Job, Outcome, Setup, run_job
 from tests.letters import DVC, LETTERS, Project, below, one_pass, wait_until
 
@@ -367,3 +369,110 @@ def test_a_coordinator_that_is_stopped_or_killed_leaves_nothing_behind_and_the_n
     assert sorted(project.ran()[len(before) :]) == sorted({*LETTERS, "joined"} - set(recorded)), "what is recorded does not run again"
     assert project.dvc("status", "-q").returncode == 0
     assert not list((root / ".dvc" / "tmp").glob("part-*"))
+
+
+# ---- what a killed `dvc repro` leaves ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A project that DVC has brought up to date, and whose locks were copied when its last stage began; its files."""
+    project = Project(tmp_path_factory.mktemp("kept"))
+    assert project.dvc("repro", "-q", *LETTERS).returncode == 0
+    keep_locks(project.folder)  # as the last stage does
+    assert project.dvc("repro", "-q").returncode == 0
+    return project, project.results()
+
+
+@pytest.fixture
+def whole(kept):
+    """The same, and it is so again afterwards."""
+    project, results = kept
+    yield project
+    for name, text in results.items():
+        (project.folder / name).write_text(text)
+    (project.folder / "ran").write_text("\n".join([*LETTERS, "joined", ""]))
+
+
+@pytest.mark.parametrize("where", ["nothing is left", "in a line", "behind a line"])
+def test_a_lock_that_was_cut_off_is_mended_and_only_what_it_did_not_know_runs(whole, where):
+    file = whole.folder / "dvc.lock"
+    lock = file.read_text()
+    middle = lock.index("  c:") + 15
+    file.write_text(lock[: {"nothing is left": 0, "in a line": middle, "behind a line": lock.index("\n", middle) + 1}[where]])
+    stages = Stages(whole.folder)
+    assert [text.startswith("dvc.lock was cut off when a command of DVC was killed; mended") for text in stages.mended] == [True]
+    summary = whole.reproduce()
+    assert summary.complete and list(summary.made) == ["joined"], "its end was in no copy"
+    assert parse_yaml(file.read_text(), "") == parse_yaml(lock, "") and not mend_locks(whole.folder)
+
+
+def test_a_cut_of_a_lock_is_seen_wherever_it_is_and_none_in_a_whole_one(whole):
+    file = whole.folder / "dvc.lock"
+    lock = file.read_text()
+    keep_locks(whole.folder)
+    for end in range(0, len(lock), 61):
+        file.write_text(lock[:end])
+        assert len(mend_locks(whole.folder)) == 1 and list(entries_of(file.read_text())) == list(entries_of(lock)), f"cut at {end} of {len(lock)}"
+    file.write_text(lock)
+    assert not mend_locks(whole.folder) and not cut_off(whole.folder)
+
+
+def test_a_lock_that_was_removed_on_purpose_stays_so(whole):
+    (whole.folder / "dvc.lock").unlink()
+    keep_locks(whole.folder)  # as the first stage does
+    assert not mend_locks(whole.folder) and list(whole.reproduce().made) == [*LETTERS, "joined"]
+
+
+def test_a_lock_that_git_has_brought_back_is_no_cut_one(tmp_path):
+    project = Project(tmp_path)
+    git = lambda *words: subprocess.run(["git", "-c", "user.name=T", "-c", "user.email=t@example.org", *words], cwd=tmp_path, check=True, capture_output=True)
+    project.reproduce(targets=("a", "b"))
+    git("init", "-q")
+    git("add", "dvc.lock")
+    git("commit", "-qm", "two")
+    project.reproduce()
+    keep_locks(tmp_path)
+    git("checkout", "-q", "--", "dvc.lock")
+    assert not mend_locks(tmp_path)
+    (tmp_path / ".dvc" / "tmp" / "locks" / "dvc.lock").unlink()
+    (tmp_path / "dvc.lock").write_text("")
+    assert "0 of its copy and 2 of the last commit" in mend_locks(tmp_path)[0]
+
+
+@pytest.mark.parametrize(
+    "left", ["", '{"write": {"/x', "[1]", '{"write": {"FILE": {"pid": 1, "cmd": "dvc repro"}}}'], ids=["empty", "cut", "other", "number of a process used again"]
+)
+def test_a_list_of_those_at_work_that_says_nothing_true_stops_nobody(whole, left):
+    file = whole.folder / ".dvc" / "tmp" / "rwlock"
+    file.write_text(left.replace("FILE", str(whole.folder / "a.txt")))
+    os.utime(file, (0, 0))  # before this machine was started
+    assert whole.dvc("repro", "-q").returncode, "DVC itself does not go on"
+    os.utime(file, (0, 0))
+    said = []
+    with keep_others_away(whole.folder, said.append):
+        assert whole.reproduce().complete
+    assert len(said) == ("pid" not in left) and whole.dvc("repro", "-q").returncode == 0
+
+
+# ---- two at once --------------------------------------------------------------------------------------------------------
+
+
+def test_dvc_by_hand_beside_a_coordinator_loses_nothing_and_names_it(whole):
+    (whole.folder / "table").write_text("2\n")
+    before = whole.results()
+    with keep_others_away(whole.folder):
+        done = whole.dvc("repro")
+        assert done.returncode and f"(PID {os.getpid()})" in done.stderr and whole.results() == before
+    (whole.folder / "table").write_text("1\n")
+
+
+def test_a_coordinator_waits_for_dvc_by_hand_and_finds_its_work_done(tmp_path):
+    root = tmp_path / "project"
+    root.mkdir()
+    project = Project(root, slow="sleep 0.5;")
+    by_hand = subprocess.Popen([*DVC, "repro", "-q"], cwd=root)
+    wait_until(lambda: at_work(root))
+    done = subprocess.run(one_pass(project, tmp_path / "pass.py"), capture_output=True, text=True)
+    assert done.returncode == 0 and f"process {by_hand.pid} (" in done.stdout and "this one waits for its end" in done.stdout
+    assert by_hand.wait(1) == 0 and sorted(project.ran()) == [*LETTERS, "joined"], "nothing was made twice"

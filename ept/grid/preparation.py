@@ -15,26 +15,26 @@ from datasets import Dataset, DatasetDict
 from ..data.loading import load_task
 from ..data.tasks import SPLITS
 from .profiles import Paths, Profile
-from ..utils.files import write_json
+from ..utils.files import whole_folder, write_json
 from ..utils.reading import read_json
 from ..utils.settings import load_settings
 
 # %% ../../nbs/grid/52_preparation.ipynb #34f70281
 def write_rows(
     data: DatasetDict,  # train, validation, test
-    folder: str | Path,
+    folder: str | Path,  # to be made
     record: dict | None = None,  # further entries of `task.json`
 ) -> pd.DataFrame:  # one row a split: examples and, for classes, the share of each label
-    "Write the splits of a task and a description of them."
-    folder, shares = Path(folder), {}
-    folder.mkdir(parents=True, exist_ok=True)
-    for split in SPLITS:
-        pq.write_table(data[split].with_format("arrow")[:], folder / f"{split}.parquet")
-        feature, labels = data[split].features["label"], pd.Series(data[split]["label"])
-        named = labels.map(dict(enumerate(feature.names))) if hasattr(feature, "names") else None
-        share = named.value_counts(normalize=True) if named is not None else pd.Series({"mean": labels.mean()})
-        shares[split] = {"examples": len(labels), **share.sort_index().round(3).to_dict()}
-    write_json(folder / "task.json", {**(record or {}), "splits": shares})
+    "Write the splits of a task and a description of them: the folder appears whole or not at all, in the place of an old one."
+    shares = {}
+    with whole_folder(folder) as new:
+        for split in SPLITS:
+            pq.write_table(data[split].with_format("arrow")[:], new / f"{split}.parquet")
+            feature, labels = data[split].features["label"], pd.Series(data[split]["label"])
+            named = labels.map(dict(enumerate(feature.names))) if hasattr(feature, "names") else None
+            share = named.value_counts(normalize=True) if named is not None else pd.Series({"mean": labels.mean()})
+            shares[split] = {"examples": len(labels), **share.sort_index().round(3).to_dict()}
+        write_json(new / "task.json", {**(record or {}), "splits": shares})
     return pd.DataFrame(shares).T
 
 # %% ../../nbs/grid/52_preparation.ipynb #e9891d48

@@ -461,7 +461,7 @@ class Paths:
         return self.runs / "sources" / str(seed) / task
 
     def checkpoint(self, key: str) -> Path:
-        "Folder from which a killed run goes on; gone when the run is whole."
+        "Folder from which a killed run goes on; gone when the run is recorded."
         return self.runs / "checkpoints" / key
 
     def journal(self, method: str) -> Path:

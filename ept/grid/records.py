@@ -21,6 +21,7 @@ from .provision import open_backbone
 from ..methods.catalogue import module_of
 from ..model.modeling import EPTModel
 from ..model.weights import fingerprint
+from ..training.checkpoints import remove_checkpoints
 from ..training.evaluation import evaluate
 from ..training.inside import modules_moved
 from ..utils.files import write_atomic
@@ -145,4 +146,7 @@ def evaluate_run(
     found = evaluate(adapter, task=plan.profile.task(plan.task), backbone=backbone, data=data, split="test")
     saved, history = _saved(adapter)
     record = make_record(plan, backbone, data, saved, found.metrics, history, gate_weights(adapter, backbone))
-    return write_result(plan, record, found, data)
+    write_result(plan, record, found, data)
+    if plan.size is None:  # its training was a stage of its own, and that is recorded
+        remove_checkpoints(paths.checkpoint(plan.key))
+    return record

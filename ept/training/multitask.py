@@ -250,7 +250,7 @@ def train_update(
     rows: Mapping[str, Dataset],  # of the `backbone` part of each task's training split
     update: MultitaskConfig,
     output_dir: str | Path,  # gets the update in PEFT's format, `training.json` and `history.csv`
-    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside it; removed at the end
+    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside it, removed at the end; one that is given stays
     progress: bool = True,  # show a bar
 ) -> Run:
     "Train the update on a mixture of tasks; a killed training goes on at its last checkpoint."

@@ -11,7 +11,6 @@ __all__ = ['INSTRUCTIONS', 'SENTINELS', 'SPECIAL', 'PretrainingConfig', 'supervi
 import math
 import random
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from ..data.tasks import TASKS, mark_spans
 from ..model.backbone import has_bfloat16, keep_freed_memory
 from .ranking import pad
 from ..utils.checking import check_range
-from ..utils.files import write_json
+from ..utils.files import whole_folder, write_json
 
 # %% ../../nbs/training/46_pretraining.ipynb #a144b49e
 @dataclass(frozen=True)
@@ -375,17 +374,11 @@ def pretrain(
     precision: str = "auto",  # see `train_language_model`
 ) -> pd.DataFrame:  # the losses on the way
     "Train the embedded backbone and write it as a folder that `from_pretrained` reads: whole or not at all."
-    out_dir = Path(out_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
     material = Material(config)
     model = build_tiny_t5(config, len(material.tokenizer))
     history = train_language_model(model, material, config, precision)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as folder:
-        written = Path(folder) / "backbone"
-        model.bfloat16().save_pretrained(written)  # half the size, and the same numbers on processors with and without bfloat16
-        material.tokenizer.save_pretrained(written)
-        write_json(written / "pretraining.json", asdict(config))
-        if out_dir.exists():
-            out_dir.rename(Path(folder) / "old")
-        written.rename(out_dir)
+    with whole_folder(out_dir) as folder:
+        model.bfloat16().save_pretrained(folder)  # half the size, and the same numbers on processors with and without bfloat16
+        material.tokenizer.save_pretrained(folder)
+        write_json(folder / "pretraining.json", asdict(config))
     return history

@@ -6,7 +6,6 @@
 __all__ = ['PromptTrainer', 'optimizer_groups', 'trainer_arguments', 'ProgressBar']
 
 # %% ../../nbs/training/43_trainer.ipynb #dca03f1d
-import os
 import time
 from pathlib import Path
 
@@ -19,15 +18,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from ..model.backbone import keep_freed_memory
 from ..model.modeling import EPTModel
+from .checkpoints import seal_checkpoint, thin_checkpoints
 from .config import RATES, NonFiniteLoss, TrainingConfig
-from ..utils.files import write_json
 
 # %% ../../nbs/training/43_trainer.ipynb #6cabd5a6
 class PromptTrainer(Trainer):
     "transformers' Trainer for a prompt on a frozen backbone."
 
-    def __init__(self, model, plan, features, collator, validate, groups, earlier_seconds=0.0, **options):
-        self.plan, self.features, self.validate, self.groups = plan, features, validate, groups
+    def __init__(self, model, plan, features, collator, validate, groups, earlier_seconds=0.0, run="", **options):
+        self.plan, self.features, self.validate, self.groups, self.run = plan, features, validate, groups, run
         self.seconds, self.started = earlier_seconds, None
         keep_freed_memory()
         super().__init__(model, train_dataset=features, data_collator=collator, **options)
@@ -87,15 +86,16 @@ class PromptTrainer(Trainer):
         model.save_pretrained(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, model, trial):
-        "A checkpoint whose last file says that it is whole."
+        "A checkpoint, sealed before older ones are removed."
         self.pause()
         super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        for file in folder.iterdir():
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-        write_json(folder / "whole.json", {"seconds": self.seconds})
+        seal_checkpoint(self.checkpoint(self.state.global_step), self.run, self.seconds)
+        thin_checkpoints(self.args.output_dir, self.state.best_global_step)
         self.started = time.perf_counter()
+
+    def checkpoint(self, step: int) -> Path:
+        "The folder of the checkpoint at a step."
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         "Copy the adapter of a checkpoint into the model."
@@ -104,7 +104,7 @@ class PromptTrainer(Trainer):
 
     def _load_best_model(self):
         "Copy the adapter that was best on validation into the model."
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.checkpoint(self.state.best_global_step))
 
 # %% ../../nbs/training/43_trainer.ipynb #fa923522
 def optimizer_groups(
@@ -132,7 +132,7 @@ def trainer_arguments(
         output_dir=str(checkpoint_dir), max_steps=training.steps, per_device_train_batch_size=training.batch_size,
         warmup_steps=training.warmup_steps, lr_scheduler_type="linear", max_grad_norm=training.clip,
         eval_strategy="steps", eval_steps=training.evaluate_every, eval_on_start=not resumed, save_strategy="steps", save_steps=training.evaluate_every,
-        logging_steps=max(1, min(10, training.evaluate_every)), logging_nan_inf_filter=False, save_total_limit=2,
+        logging_steps=max(1, min(10, training.evaluate_every)), logging_nan_inf_filter=False,
         load_best_model_at_end=True, metric_for_best_model="score", greater_is_better=True, seed=seed,
         dataloader_num_workers=workers, use_cpu=on_cpu, remove_unused_columns=False, report_to="none", disable_tqdm=True,
     )

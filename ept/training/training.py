@@ -8,14 +8,12 @@ __all__ = ['Run', 'Job', 'complete', 'train']
 # %% ../../nbs/training/44_training.ipynb #7e7abe62
 import hashlib
 import json
-import os
 import platform
 import resource
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
@@ -35,26 +33,12 @@ from ..model.inputs import check_tokens, vocabulary_size
 from ..model.modeling import EPTModel
 from ..model.weights import fingerprint
 from .batching import collate, plan_batches
+from .checkpoints import hold_checkpoints, last_checkpoint, remove_checkpoints
 from .config import TrainingConfig
 from .inside import modules_moved
 from .ranking import predict, rank_labels
-from ..utils.files import write_atomic, write_json
+from ..utils.files import whole_folder, write_atomic, write_json
 from ..utils.fingerprints import code_version
-
-# %% ../../nbs/training/44_training.ipynb #bea4783f
-def _last_checkpoint(folder, identity):
-    "The newest complete checkpoint of this run, and the seconds of training up to it; incomplete ones and those of other runs are removed."
-    folder, record = Path(folder), Path(folder) / "run.json"
-    if not record.exists() or json.loads(record.read_text()) != identity:
-        shutil.rmtree(folder, ignore_errors=True)
-        write_json(record, identity)
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    whole = [p for p in found if (p / "whole.json").exists()]
-    for broken in set(found) - set(whole):
-        shutil.rmtree(broken)
-    if not whole:
-        return None, 0.0
-    return str(whole[-1]), json.loads((whole[-1] / "whole.json").read_text())["seconds"]
 
 # %% ../../nbs/training/44_training.ipynb #3feff652
 @dataclass
@@ -209,6 +193,11 @@ def _sources(task, method, sizes, backbone, source_prompts):
     return read_sources(used, backbone.model, method.resolve(sizes)[0].short_length)
 
 # %% ../../nbs/training/44_training.ipynb #f7688283
+def _hash(values):
+    "A hash of what JSON can hold."
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _run_trainer(job, checkpoint_dir, workers, progress):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
     from ept.training.trainer import ProgressBar, PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
@@ -217,58 +206,53 @@ def _run_trainer(job, checkpoint_dir, workers, progress):
     plan, on_cpu = job.plan(), job.backbone.model.device.type == "cpu"
     job.model.prompt.cover(max(len(row[0]) for row in job.features))
     identity = job.config | {"data": job.digest(), "dtype": str(job.backbone.model.dtype), "weights": fingerprint(job.backbone.model, exact=True)}
-    checkpoint, seconds = _last_checkpoint(checkpoint_dir, identity)
+    run = _hash(identity | {package: version(package) for package in ("torch", "transformers", "accelerate")})
+    checkpoint, seconds = last_checkpoint(checkpoint_dir, run)
     trainer = PromptTrainer(
-        job.model, plan, job.features, job.collate, job.validate, optimizer_groups(job.model, job.training), seconds, eval_dataset=job.features,
+        job.model, plan, job.features, job.collate, job.validate, optimizer_groups(job.model, job.training), seconds, run, eval_dataset=job.features,
         args=trainer_arguments(job.training, job.seed, on_cpu, checkpoint_dir, workers, bool(checkpoint)), callbacks=[ProgressBar(job.title)] if progress else None,
     )
     trainer.started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.pause()
     tokens = sum(len(job.features[i][0]) for batch in plan for i in batch)
     cost = {
         "train_seconds": trainer.seconds,
         "examples_per_second": len(plan) * job.training.batch_size / trainer.seconds,
         "tokens_per_second": tokens / trainer.seconds,
-        "work": hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12],
+        "work": _hash(identity)[:12],
     }
-    best = trainer.state.best_model_checkpoint
-    return _history(trainer.state.log_history), int(best.rsplit("-", 1)[1]), trainer.state.best_metric, cost
+    return _history(trainer.state.log_history), trainer.state.best_global_step, trainer.state.best_metric, cost
 
 # %% ../../nbs/training/44_training.ipynb #afdee766
-def _write_run(run, model):
-    "Write the adapter folder so that it appears whole or not at all."
-    folder = Path(run.adapter_dir)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    model.save_pretrained(temporary)
-    write_json(temporary / "training.json", run.config | {"chosen_step": run.chosen_step, "validation_score": run.validation_score,
-                                                          "trainable_parameters": run.trainable_parameters})
-    write_atomic(temporary / "history.csv", run.history.to_csv(index=False))
-    os.chmod(temporary, 0o755)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+def _write_run(job, output_dir, history, step, score, cost):
+    "Write the adapter folder so that it appears whole or not at all; the run."
+    device, precision = job.backbone.model.device, str(job.model.backbone.dtype).removeprefix("torch.")
+    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": _processor(device), "precision": precision}
+    run = Run(job.config["task"], job.method.name, job.seed, output_dir, history, step, score, job.model.num_trainable_parameters(), job.config, cost)
+    with whole_folder(output_dir) as folder:
+        job.finished().save_pretrained(folder)
+        write_json(folder / "training.json", run.config | {"chosen_step": step, "validation_score": score, "trainable_parameters": run.trainable_parameters})
+        write_atomic(folder / "history.csv", history.to_csv(index=False))
+    return run
 
 # %% ../../nbs/training/44_training.ipynb #e4c3ac00
 def complete(
     job: Job,  # or what has the same attributes, such as a mixture of tasks
     output_dir: Path,  # the adapter folder
-    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside it; removed at the end
+    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside it, removed at the end; one that is given stays, see `remove_checkpoints`
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
 ) -> Run:
     "Train a job's model, if there is anything to train, and write its adapter."
-    checkpoint_dir = Path(checkpoint_dir or output_dir.parent / f".{output_dir.name}-checkpoints")
-    if job.method.trained:
-        history, step, score, cost = _run_trainer(job, checkpoint_dir, workers, progress)
-    else:
-        score, step, history = job.validate(job.model)["score"], 0, _history([])
+    if not job.method.trained:
         cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0, "work": None}
-    device, precision = job.backbone.model.device, str(job.model.backbone.dtype).removeprefix("torch.")
-    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": _processor(device), "precision": precision}
-    run = Run(job.config["task"], job.method.name, job.seed, output_dir, history, step, score, job.model.num_trainable_parameters(), job.config, cost)
-    _write_run(run, job.finished())
-    shutil.rmtree(checkpoint_dir, ignore_errors=True)
+        return _write_run(job, output_dir, _history([]), 0, job.validate(job.model)["score"], cost)
+    folder = Path(checkpoint_dir or output_dir.parent / f".{output_dir.name}-checkpoints")
+    with hold_checkpoints(folder):
+        run = _write_run(job, output_dir, *_run_trainer(job, folder, workers, progress))
+        if checkpoint_dir is None:
+            remove_checkpoints(folder)
     return run
 
 # %% ../../nbs/training/44_training.ipynb #1e6407e0
@@ -279,7 +263,7 @@ def train(
     backbone: Backbone,
     data: DatasetDict | None = None,  # train and validation; None loads the task from the embedded data
     output_dir: str | Path | None = None,  # the adapter folder; None is adapters/<task>-<method>-<seed>
-    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside the adapter; removed at the end
+    checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside the adapter, removed at the end; one that is given stays, see `remove_checkpoints`
     training: TrainingConfig = TrainingConfig(),
     sizes: dict | None = None,  # fields of `EPTConfig` and of the method's further sizes; the seed is set from `seed`
     source_prompts: dict | None = None,  # source task -> adapter folder of a `pt` run, "shared" -> what `share_prompt` has made; for methods that start from some

@@ -46,7 +46,7 @@ def _remove(path):
         with suppress(OSError):
             path.unlink(missing_ok=True)
 
-
+# %% ../../nbs/utils/00a_files.ipynb #a0f11e0e
 def _is_left(path):
     "Whether a path has the name of something in the making."
     return bool(LEFT.fullmatch(path.name))
@@ -93,7 +93,7 @@ def _in_the_making(path, folder=False):
     except BaseException as error:
         _remove(new)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            error.filename = str(path)  # a full disk does not say where
         raise
     finally:
         os.close(held)

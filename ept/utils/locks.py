@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # %% ../../nbs/utils/00d_locks.ipynb #10c50006
@@ -27,8 +27,9 @@ def _locked(path, wait):
             return None
         except OSError:  # a disk without locks
             return file
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), path.stat()):
+                return file
         os.close(file)  # it was removed by the one before
 
 

@@ -19,6 +19,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from command import end_at_ctrl_c
+
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).with_name("templates")
 SUFFIXES = {"references": "", "methods": "", "transfer": "-transfer"}  # of the names of stages, by list of the grid
@@ -26,7 +28,7 @@ PROJECT = {  # what makes a folder a DVC project
     ".dvc/config": "[core]\n    analytics = false\n    check_update = false\n",
     ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n",
     ".dvc/plots/curves.json": (ROOT / ".dvc" / "plots" / "curves.json").read_text(),
-    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\nruns/search\n",
+    ".dvcignore": "runs/notebooks\nruns/checkpoints\nruns/costs\nruns/logs\nruns/search\n*.ept-new\n*.ept-old\n",
 }
 
 
@@ -180,6 +182,7 @@ def main(arguments=None):
     chosen = parser.parse_args(arguments)
     sys.path.insert(0, str(ROOT))
     from ept.grid.profiles import load_profile, profile_files
+    from ept.utils.locks import only_one
 
     try:
         if chosen.new is not None:
@@ -187,13 +190,15 @@ def main(arguments=None):
             print(f"edit {file.relative_to(ROOT)}, then: make reproduce PROFILE={chosen.new}")
             return 0
         for name, file in profile_files(ROOT).items():
-            changed = write_layout(load_profile(file))
+            with only_one(file.parent / ".dvc" / "tmp" / "coordinator", file.parent):
+                changed = write_layout(load_profile(file))
             print(f"{name}: {', '.join(changed) or 'up to date'}")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    end_at_ctrl_c("the same command begins anew")
     sys.exit(main())

@@ -11,6 +11,8 @@ PyTorch anyway, and else by the first stage that trains.
 import sys
 from pathlib import Path
 
+from command import end_at_ctrl_c
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -47,8 +49,12 @@ def write_plan(file="params.yaml"):
 
 
 if __name__ == "__main__":
+    end_at_ctrl_c()
     sys.path[:0] = [str(ROOT), str(HERE)]
+    from stage import watch_locks
+
     try:
+        watch_locks()
         write_plan(*sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -19,16 +19,23 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+from command import end_at_ctrl_c  # noqa: E402
+
+if __name__ == "__main__":
+    end_at_ctrl_c()  # before all that takes time
+
 from dvc.exceptions import DvcException  # noqa: E402
 
 from ept.grid.profiles import load_profile, profile_files  # noqa: E402
+from ept.training.checkpoints import remove_ended  # noqa: E402
 from ept.utils.checking import unknown  # noqa: E402
+from ept.utils.files import sweep  # noqa: E402
 from ept.utils.reading import read_json  # noqa: E402
 from ept.utils.settings import load_settings  # noqa: E402
 from ept.workflow.clusters import BATCH, Cluster  # noqa: E402
 from ept.workflow.progress import Progress, duration  # noqa: E402
-from ept.workflow.scheduling import Summary, reproduce  # noqa: E402
-from ept.workflow.stages import Stages, only_coordinator  # noqa: E402
+from ept.workflow.scheduling import reproduce  # noqa: E402
+from ept.workflow.stages import Stages, keep_others_away, only_coordinator  # noqa: E402
 from ept.workflow.workers import Setup  # noqa: E402
 from layout import write_layout  # noqa: E402
 
@@ -106,6 +113,17 @@ def bring(profile):
         subprocess.run([sys.executable, "-m", "dvc", "pull", "-q"], cwd=ROOT, check=True)
 
 
+def tidy(folder):
+    "Remove what killed processes have left in the making in a profile."
+    for part in ("results", "runs", "tasks"):
+        sweep(folder / part)
+
+
+def say(text):
+    "A line on the terminal, at once."
+    print(text, flush=True)
+
+
 def show(stages, cluster):
     "Print what would run, and how, without running it."
     due = set()
@@ -154,20 +172,23 @@ def main(arguments=None):
         profile = load_profile(files[chosen.profile])
         load_settings()
         cluster = Cluster.read(ROOT / "settings.ini", **({"workers": chosen.jobs} if chosen.jobs is not None else {}))
-        write_layout(profile)
-        bring(profile)
         folder, runs = profile.file.parent, Runs(profile)
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` in a stage is this one
         with only_coordinator(folder):
-            stages = Stages(folder)
-            if chosen.dry_run:
-                show(stages, cluster)
-                return 0
-            print(f"{len(runs.runs)} runs of profile {profile.profile}; what their stages print is in {os.path.relpath(folder / 'runs' / 'logs')}", flush=True)
-            setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
-            summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log"))
-    except KeyboardInterrupt:
-        summary = Summary(stopped=True)
+            tidy(folder)
+            write_layout(profile)
+            bring(profile)
+            with keep_others_away(folder, say):
+                stages = Stages(folder)
+                list(map(say, stages.mended))
+                if chosen.dry_run:
+                    show(stages, cluster)
+                    return 0
+                say(f"{len(runs.runs)} runs of profile {profile.profile}; what their stages print is in {os.path.relpath(folder / 'runs' / 'logs')}")
+                setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
+                summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log"))
+            if summary.complete:
+                remove_ended(folder / "runs" / "checkpoints")
     except (ValueError, FileNotFoundError, RuntimeError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

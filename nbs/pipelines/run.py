@@ -6,9 +6,11 @@ It is run in the folder of a profile; from elsewhere `--profile-file profiles/sm
 import os
 import sys
 
+from command import end_at_ctrl_c
 from stage import main, prepare_process
 
 if __name__ == "__main__":
+    end_at_ctrl_c("the same command goes on from the last checkpoint, or begins anew where there is none")
     prepare_process()
     status = main(sys.argv[1:])
     sys.stdout.flush()

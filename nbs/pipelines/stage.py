@@ -129,17 +129,33 @@ def execute(stage, values):
     return target
 
 
+def watch_locks():
+    "Where DVC has started this process, keep a copy of its locks, which it writes in place when the stage has ended; `RuntimeError` if one was cut off before."
+    from ept.workflow.lock_files import cut_off, keep_locks
+
+    if root := os.environ.get("DVC_ROOT"):
+        if cut_off(root):  # DVC has not seen that, and would run again what is no longer in it
+            from mend import mend
+
+            raise RuntimeError("; ".join([*mend(root), "give the same command again"]))
+        keep_locks(root)
+
+
 def main(arguments):
     "Command line; the exit status."
     from papermill.exceptions import PapermillExecutionError
 
+    from ept.utils.files import temporary_folder
+
     start = time.perf_counter()
     try:
         stage, values = parse(arguments)
-        target = execute(stage, values)
+        watch_locks()
+        with temporary_folder():
+            target = execute(stage, values)
     except SystemExit as shown:  # --help
         return shown.code or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except PapermillExecutionError as error:

@@ -8,6 +8,8 @@ pretraining. The same bytes come out each time. `make data` runs this and puts t
 import sys
 from pathlib import Path
 
+from command import end_at_ctrl_c
+
 ROOT = Path(__file__).resolve().parents[2]
 CONFIRMATION = {"seed": 1, "sizes": {"train": 600, "validation": 400, "test": 1000}}
 
@@ -27,11 +29,16 @@ def synthesise(folder, config):
 
 
 if __name__ == "__main__":
+    end_at_ctrl_c("the same command begins anew")
     sys.path.insert(0, str(ROOT))
     from ept.training.pretraining import PretrainingConfig
     from ept.utils.checking import from_dict
+    from ept.utils.locks import only_one
     from ept.utils.reading import read_json
 
-    print(
-        synthesise(ROOT / "data", from_dict(PretrainingConfig, read_json(ROOT / "backbone" / "pretraining.json", "bring it with `dvc pull backbone.dvc`"), "pretraining")), "files"
-    )
+    try:
+        with only_one(ROOT / ".dvc" / "tmp" / "coordinator", ROOT):
+            config = from_dict(PretrainingConfig, read_json(ROOT / "backbone" / "pretraining.json", "bring it with `dvc pull backbone.dvc`"), "pretraining")
+            print(synthesise(ROOT / "data", config), "files")
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
