@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench lint test test-quick test-slurm outputs export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench lint test test-quick test-slurm torture outputs export readme notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,9 @@ test-quick: $(READY)  ## the tests that are not marked slow
 test-slurm: $(READY)  ## the tests that need Slurm, on one that is started for them; it has to be installed
 	@$(BIN)/python tests/slurm.py check
 	EPT_TEST_SLURM=1 $(BIN)/python -m pytest -m slurm
+
+torture: $(READY)  ## kill a small grid at random, fill its disk, give two commands at once: minutes; ARGS="--kills 50 --only local" for less
+	$(BIN)/python -m tests.torture --write $(ARGS)
 
 outputs: $(READY)  ## execute the notebooks, or NB=nbs/wing/name.ipynb, and keep what they show; look at the difference
 	$(BIN)/python nbs/execute.py --write $(NB)
