@@ -7,8 +7,10 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import yaml
 
 from ept.workflow.workers import Setup
@@ -112,9 +114,19 @@ def left_over(
     scratch,  # folder for temporary files, which was empty
 ):
     """Processes, entries of locks, files, sockets and folders that nobody needs."""
-    processes = [f"process {process.pid} lives on: {' '.join(process.cmdline())[:120]}" for process in below(root)]
+    processes = [f"{process} lives on" for process in living(root)]
     there = {name for name in names(root) - expected if not OF_DVC.fullmatch(name)} | {f"{scratch.name}/{name}" for name in names(scratch) - {"."}}
     return [*processes, *held(root), *(f"{name} was left" for name in sorted(there))]
+
+
+def living(folder):
+    """Processes that work in a folder, in words."""
+    found = []
+    for process in below(folder):
+        with suppress(psutil.Error):  # ended meanwhile
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"process {process.pid} ({' '.join(process.cmdline())[:80]})")
+    return found
 
 
 def held(root):

@@ -8,8 +8,9 @@ import time
 import pytest
 import yaml
 
-from tests import aftermath, torture
+from tests import aftermath, grids, torture
 from tests.letters import wait_until
+from tests.light import Light
 
 TRAIN, REPORT = "tasks/cb/dvc.yaml:train@pt-0", "report"
 
@@ -112,7 +113,7 @@ def test_a_process_that_lives_on_is_named(grid, tmp_path):
     process = subprocess.Popen(["sleep", "60"], cwd=grid)
     try:
         wait_until(lambda: aftermath.left_over(grid, aftermath.names(grid), tmp_path / "tmp"))
-        assert aftermath.left_over(grid, aftermath.names(grid), tmp_path / "tmp") == [f"process {process.pid} lives on: sleep 60"]
+        assert aftermath.left_over(grid, aftermath.names(grid), tmp_path / "tmp") == [f"process {process.pid} (sleep 60) lives on"]
     finally:
         process.kill()
         process.wait()
@@ -137,7 +138,15 @@ def test_a_timed_kill_hits_the_write_of_the_lock(tmp_path, kind):
 
 def test_every_stage_has_a_kind():
     logs = {"plan": "plan", "search-transfer@spot": "search", "search-like@mpt": "search", "tasks-cola-train-transfer@mpt-0": "train", "tasks-cb-prepare": "prepare"}
-    assert {log: torture.kind_of(log) for log in logs} == logs
+    assert {log: grids.kind_of(log) for log in logs} == logs
+
+
+@pytest.mark.slow
+def test_a_campaign_on_a_grid_that_weighs_nothing_finds_nothing(tmp_path):
+    """The same coordinator, kills and checks; the stages sleep and write a line."""
+    chosen = torture.parser().parse_args(["--kills", "8", "--seed", "1", "--only", "local"])
+    (part,) = torture.campaign(chosen, tmp_path, print, Light).values()
+    assert part.problems == [] and part.total >= 5 and part.rounds >= 1 and part.commands >= 1
 
 
 # ---- the last result ----------------------------------------------------------------------------------------------------
@@ -148,4 +157,4 @@ def test_the_page_says_what_the_last_campaign_found():
     assert torture.show(result) in torture.PAGE.read_text(), "run: make torture"
     assert result["problems"] == 0 and sum(result["by_victim"].values()) == result["kills"] >= 200
     hit = {kind for part in result["parts"].values() for counts in part.get("kills", {}).values() for kind in counts}
-    assert hit >= set(torture.KINDS), "kills at stages of every kind"
+    assert hit >= set(grids.KINDS), "kills at stages of every kind"

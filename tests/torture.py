@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -27,239 +27,15 @@ from pathlib import Path
 import psutil
 
 from tests import aftermath, slurm
+from tests.engines import Dask, Local, OnSlurm, Skipped
+from tests.grids import CLEANED, REPRODUCE, Grid, kind_of, left_in_peace, undisturbed
 from tests.letters import below
-from tests.miniature import PARAMETERS, ROOT, Clone
+from tests.miniature import ROOT
 
 RESULT, PAGE = ROOT / "bench" / "torture.json", ROOT / "bench" / "README.md"
 BEGIN, END = "<!-- torture -->", "<!-- end of torture -->"
-KINDS = ("plan", "backbone", "prepare", "reference", "search", "source", "shared", "train", "evaluate", "sweep", "report")
-EVERY_KIND = {
-    **PARAMETERS,
-    "grid": {"references": ["frozen"], "methods": ["ept"], "seeds": [0], "transfer": ["mpt"], "sources": ["cola", "cb"]},
-    "training": {**PARAMETERS["training"], "steps": 8, "evaluate_every": 2},
-    "sources": {"steps": 8, "shared_steps": 8},
-    "search": {"tasks": ["cb"], "seeds": [7], "trials": 2, "steps": 2, "rates": {"learning_rate": [0.01, 3]}, "like": {"mpt": "ept"}},
-    "sweep": {"tasks": ["cb"], "seeds": [0], "sizes": ["rank-1"]},
-    "methods": {"frozen": {}, "ept": {}, "mpt": {}},
-}
-REPRODUCE, DVC = "nbs/pipelines/reproduce.py", ("-m", "dvc")
+DVC = ("-m", "dvc")
 STUCK = 300  # seconds after which a command that says nothing more hangs
-CLEANED = 15  # seconds until what a killed coordinator has started has to be gone
-
-
-class Skipped(Exception):
-    """A part of the campaign that this machine cannot have."""
-
-
-# ---- the grid -----------------------------------------------------------------------------------------------------------
-
-
-class Grid(Clone):
-    """A miniature with stages of every kind, in a folder with room for temporary files beside it."""
-
-    def __init__(self, folder, origin=None):
-        self.scratch, root = folder / "tmp", folder / "grid"
-        self.scratch.mkdir(parents=True)
-        if origin is None:
-            super().__init__(root)
-            self.write(EVERY_KIND)
-        else:
-            self.root = self.folder = root
-            shutil.copytree(origin.root, root, symlinks=True, dirs_exist_ok=True)
-
-    @classmethod
-    def there(cls, folder):
-        """One that was made before."""
-        grid = cls.__new__(cls)
-        grid.scratch, grid.root = folder / "tmp", folder / "grid"
-        grid.folder, grid.said = grid.root, folder / "said"
-        return grid
-
-    def environment(self):
-        usual = {name: value for name, value in super().environment().items() if name != "PYTHONDONTWRITEBYTECODE"}
-        return usual | {"TMPDIR": str(self.scratch)}
-
-    def settle(self, **entries):
-        """Write entries of the section [cluster] of the settings."""
-        file = self.root / "settings.ini"
-        text = file.read_text()
-        for name, value in entries.items():
-            text = re.sub(rf"(?m)^{name} =.*$", f"{name} = {value}", text)
-        file.write_text(text)
-
-    def start(self, *command, program=()):
-        """A command of this Python in the grid's folder; what it says is in `said`, behind what others have said."""
-        self.said = self.scratch.with_name("said")
-        with open(self.said, "ab") as file:
-            return subprocess.Popen([sys.executable, *program, *command], cwd=self.root, env=self.environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-
-    def stages_at_work(self):
-        """Id of a stage's first process -> the name of its log, for all that run."""
-        logs, found = f"{self.root}/runs/logs/", {}
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                said, pid = os.readlink(process / "fd" / "1"), int(process.name)
-                if said.startswith(logs) and os.getpgid(pid) == pid:
-                    found[pid] = said.removeprefix(logs).removesuffix(".log")
-        return found
-
-    def note(self, *words):
-        """A line of the stages' journal."""
-        file = self.root / "runs" / "logs" / "stages.log"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a") as journal:
-            print(time.strftime("%Y-%m-%dT%H:%M:%S"), *words, file=journal)
-
-    def forget(self):
-        """As if no stage had ever run."""
-        for folder in ("runs", "results"):
-            shutil.rmtree(self.root / folder, ignore_errors=True)
-        for lock in self.root.rglob("dvc.lock"):
-            lock.unlink()
-
-
-def kind_of(log):
-    """The kind of the stage that a log is of."""
-    return next(kind for kind in KINDS if re.search(rf"(^|-){kind}(-|@|$)", log))
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """What a grid is in the end if nothing happens to it."""
-
-    origin: Grid  # as it is before
-    stages: tuple[str, ...]
-    results: dict[str, str]
-    names: set[str]
-    seconds: dict[str, float]  # of a kind of stage, the longest
-
-
-def undisturbed(folder):
-    """Run the whole grid once, in a copy, and look at it; what an earlier campaign has run in the same folder is looked at again."""
-    if not (folder / "undisturbed").exists():
-        origin = Grid(folder / "origin")
-        grid = Grid(folder / "undisturbed", origin)
-        status = grid.start(REPRODUCE, "--jobs", "4").wait()
-        if status:
-            raise RuntimeError(f"the grid does not run where nothing disturbs it:\n{grid.said.read_text()[-2000:]}")
-    origin, grid = (Grid.there(folder / name) for name in ("origin", "undisturbed"))
-    logs = [log for log in (grid.root / "runs" / "logs").glob("*.log") if log.stem != "stages"]
-    seconds = dict.fromkeys(KINDS, 1.0)
-    for log in logs:
-        seconds[kind_of(log.stem)] = max([seconds[kind_of(log.stem)], *(float(took) for took in re.findall(r": (\d+\.\d) s, see ", log.read_text(errors="replace")))])
-    if lacking := set(KINDS) - {kind_of(log.stem) for log in logs}:
-        raise RuntimeError(f"the grid lacks stages of these kinds: {lacking}")
-    names, journal = aftermath.names(grid.root), aftermath.journal_of(grid.root)
-    if wrong := aftermath.left_over(grid.root, names, grid.scratch):
-        raise RuntimeError(f"an undisturbed grid leaves something behind: {wrong}")
-    stages = tuple(line.split()[2] for line in journal if line.split()[1] == "ended")
-    return Undisturbed(origin, stages, aftermath.results(grid.root), names, seconds)
-
-
-# ---- where stages run ---------------------------------------------------------------------------------------------------
-
-
-class Local:
-    """Four threads of the coordinator."""
-
-    victims = {"stage": 8, "fork server": 1, "coordinator": 2}  # and how often each, in proportion
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def settings(self):
-        """Of the section [cluster]."""
-        return {"engine": "local", "workers": 4}
-
-    def tend(self):
-        """Replace what was killed, as whoever keeps the workers would."""
-
-    def pid_of(self, victim, stage, coordinator):
-        """The process that a victim is, seen from a stage's process."""
-        if victim in ("coordinator", "stage"):
-            return coordinator if victim == "coordinator" else stage
-        fork_server = psutil.Process(stage).ppid()
-        return fork_server if victim == "fork server" else psutil.Process(fork_server).ppid()
-
-    def left_over(self):
-        """What a grid that is whole has left with the workers."""
-        return []
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
-class Dask(Local):
-    """Four workers of a Dask scheduler that runs already."""
-
-    victims = {"stage": 7, "worker": 2, "fork server": 1, "coordinator": 1}
-
-    def start(self, *words):
-        """A process of Dask, in a folder that is not the grid's."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("EPT_")}
-        paths = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(self.folder)}
-        with open(self.folder / "dask.log", "ab") as file:
-            command = [sys.executable, "-m", "distributed.cli." + words[0], *words[1:]]
-            return subprocess.Popen(command, cwd=self.folder, env=kept | paths | {"OMP_NUM_THREADS": "1", "EPT_THREADS": "1"}, stdout=file, stderr=file)
-
-    def __enter__(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.told = self.folder / "scheduler.json"
-        self.scheduler = self.start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(self.told))
-        slurm.until(self.told.exists, 60, "a scheduler of Dask")
-        self.workers = []
-        self.tend()
-        return self
-
-    def __exit__(self, *_):
-        for process in (*self.workers, self.scheduler):
-            process.terminate()
-        for process in (*self.workers, self.scheduler):
-            process.wait(30)
-
-    def settings(self):
-        return {"engine": json.loads(self.told.read_text())["address"], "workers": 4}
-
-    def tend(self):
-        self.workers = [worker for worker in self.workers if worker.poll() is None]
-        while len(self.workers) < 4:
-            words = ("--scheduler-file", str(self.told), "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0", "--local-directory", str(self.folder))
-            self.workers.append(self.start("dask_worker", *words))
-
-
-class OnSlurm(Local):
-    """Four jobs of a Slurm that is started for it."""
-
-    victims = {"stage": 6, "worker": 1, "job": 2, "coordinator": 1}
-
-    def __enter__(self):
-        if absent := slurm.missing():
-            raise Skipped(f"Slurm is not installed: {', '.join(absent)} not found")
-        self.opened = ExitStack()
-        self.slurm = self.opened.enter_context(slurm.Slurm(self.folder))
-        os.environ |= self.slurm.environment
-        return self
-
-    def __exit__(self, *_):
-        self.opened.close()
-        for name in self.slurm.environment:
-            os.environ.pop(name, None)
-
-    def settings(self):
-        return {"engine": "slurm", "workers": 4, "memory": "512MB", "walltime": "01:00:00"}
-
-    def left_over(self):
-        with suppress(TimeoutError):
-            slurm.until(lambda: not self.slurm.jobs(), 30, "the end of the jobs")
-        return [f"job {job} is {state}" for job, state in self.slurm.jobs().items()]
-
-    def job_of(self, stage):
-        """The job in which a stage's process runs."""
-        worker = psutil.Process(self.pid_of("worker", stage, None))
-        return worker.environ()["SLURM_JOB_ID"]
 
 
 # ---- kills --------------------------------------------------------------------------------------------------------------
@@ -339,7 +115,7 @@ def attend(grid, process, tick=lambda: None):
     heard, changed = time.monotonic(), 0.0
     while process.poll() is None:
         tick()
-        time.sleep(0.05)
+        time.sleep(0.1)
         if (now := max((file.stat().st_mtime for file in (grid.root / "runs" / "logs").glob("*.log")), default=0.0)) != changed:
             heard, changed = time.monotonic(), now
         if time.monotonic() - heard > STUCK:
@@ -373,11 +149,8 @@ def judge(
     excused="ended by signal 9|process was lost|worker was lost",  # why attempts may have failed
 ):
     """Add what is wrong to a part's problems."""
-    deadline = time.monotonic() + CLEANED
-    while (left := aftermath.left_over(grid.root, truth.names, grid.scratch)) and time.monotonic() < deadline:
-        time.sleep(0.5)
     journal = aftermath.journal_of(grid.root)
-    part.problems += left + aftermath.differences(truth.results, aftermath.results(grid.root))
+    part.problems += left_in_peace(grid, truth.names) + aftermath.differences(truth.results, aftermath.results(grid.root))
     part.problems += aftermath.repeated(journal, aftermath.ends_of(grid.root, truth.stages)) + aftermath.strange_failures(journal, excused)
     part.problems += [f"said: {line}" for line in sorted(set(re.findall(r"(?m)^(?:Traceback|error:|ERROR:).*", grid.said.read_text(errors="replace"))))]
     part.rounds += 1
@@ -388,7 +161,7 @@ def killed(kind, share):
 
     def run(folder, truth, part, chosen, draw, say):
         with kind(folder / "engine") as engine:
-            grid = Grid(folder, truth.origin)
+            grid = type(truth.origin)(folder, truth.origin)
             grid.settle(**engine.settings())
             killer = Killer(grid, engine, part, round(share * chosen.kills), truth.seconds, draw, say)
             while part.total < killer.quota:
@@ -455,7 +228,7 @@ def killed_in_lock(
     """A part: commands that are killed in the write of a lock, the one after the other."""
 
     def run(folder, truth, part, chosen, draw, say):
-        grid = Grid(folder, truth.origin)
+        grid = type(truth.origin)(folder, truth.origin)
         grid.settle(workers=4)
         part.facts["cut locks"] = 0
         while part.total < kills:
@@ -524,7 +297,7 @@ def disk(folder):
 def full_disk(folder, truth, part, chosen, draw, say):
     """A part: the disk is full from a moment on, or all but full; later there is room again."""
     with disk(folder / "grid"):
-        grid, ballast = Grid(folder, truth.origin), folder / "grid" / ".git" / "ballast"
+        grid, ballast = type(truth.origin)(folder, truth.origin), folder / "grid" / ".git" / "ballast"
         grid.settle(workers=4)
         for _ in range(6):
             part.commands += 1
@@ -548,7 +321,7 @@ def read_only_disk(folder, truth, part, chosen, draw, say):
     """A part: nothing can be written, before the first stage, in the middle, and when all is whole."""
     remount = lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder / "grid")], check=True, capture_output=True)
     with disk(folder / "grid"):
-        grid = Grid(folder, truth.origin)
+        grid = type(truth.origin)(folder, truth.origin)
         grid.settle(workers=4)
         for moment in ("at first", "in the middle", "at the end"):
             if moment == "in the middle":
@@ -559,7 +332,7 @@ def read_only_disk(folder, truth, part, chosen, draw, say):
                 process.wait()
                 grid.note("killed", "coordinator")
                 part.count("coordinator", "no stage")
-                slurm.until(lambda: not below(grid.root), CLEANED, "an end of the stages")
+                slurm.until(lambda: not aftermath.living(grid.root), CLEANED, "an end of the stages")
             if moment == "at the end":
                 attend(grid, grid.start(REPRODUCE))
             before = aftermath.results(grid.root)
@@ -581,7 +354,7 @@ def read_only_disk(folder, truth, part, chosen, draw, say):
 
 def two_at_once(folder, truth, part, chosen, draw, say):
     """A part: a second command is given while the first is at work, ours and plain `dvc repro` in either order."""
-    grid = Grid(folder, truth.origin)
+    grid = type(truth.origin)(folder, truth.origin)
     grid.settle(workers=2)
     for commands in (((REPRODUCE,), (REPRODUCE,)), ((REPRODUCE,), (*DVC, "repro")), ((*DVC, "repro"), (REPRODUCE,))):
         grid.forget()
@@ -623,10 +396,15 @@ def parser():
     return made
 
 
-def campaign(chosen, folder, say):
+def campaign(
+    chosen,  # the command line's values
+    folder,  # for the grids
+    say,  # told of what happens
+    make=Grid,  # the grid, or one in its place
+):
     """Every part that was chosen: its name -> what has become of it, or why it was skipped."""
     say(f"seed {chosen.seed}, {chosen.kills} kills")
-    truth, found = undisturbed(folder), {}
+    truth, found = undisturbed(folder, make), {}
     say(f"an undisturbed grid: {len(truth.stages)} stages, {len(truth.results)} results")
     for name in chosen.only:
         part, start = Part(), time.monotonic()
@@ -641,8 +419,8 @@ def campaign(chosen, folder, say):
             found[name] = part
         finally:
             part.seconds = time.monotonic() - start
+            part.problems += [f"{process} had to be ended" for process in aftermath.living(folder / name)]
             for process in below(folder / name):
-                part.problems.append(f"process {process.pid} had to be ended: {' '.join(process.cmdline())[:120]}")
                 process.kill()
         say(f"{name}: {found[name] if isinstance(found[name], str) else f'{part.total} kills, {part.rounds} grids, {part.seconds:.0f} s, {len(part.problems)} problems'}")
         for problem in part.problems[:20]:
@@ -707,10 +485,13 @@ def main(arguments=None):
     """Command line; exit status 1 if anything was wrong."""
     chosen = parser().parse_args(arguments)
     chosen.seed = random.SystemRandom().randrange(10**6) if chosen.seed is None else chosen.seed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     start, folder = time.monotonic(), chosen.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     try:
         found = campaign(chosen, folder, lambda text: print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True))
     finally:
+        for process in below(folder):
+            process.kill()
         if not chosen.folder:
             shutil.rmtree(folder, ignore_errors=True)
     result = surroundings() | {"parts": {name: report(part, chosen.seed) for name, part in found.items()}}
