@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from tests import slurm
+from tests.aftermath import living
 
 
 class Skipped(Exception):
@@ -72,10 +73,11 @@ class Dask(Local):
         return self
 
     def __exit__(self, *_):
-        for process in (*self.workers, self.scheduler):
-            process.terminate()
-        for process in (*self.workers, self.scheduler):
-            process.wait(30)
+        for process in (*self.workers, self.scheduler):  # nothing is at work any more; what they have forked ends with them
+            process.kill()
+            process.wait()
+        with suppress(TimeoutError):
+            slurm.until(lambda: not living(self.folder), 15, "the end of what the workers have forked")
 
     def settings(self):
         return {"engine": json.loads(self.told.read_text())["address"], "workers": 4}
