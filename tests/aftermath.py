@@ -41,16 +41,17 @@ def results(root):
     locked = {}
     for file in sorted(root.rglob("dvc.lock")):
         for stage, entry in entries_of(file).items():
-            outs = [out for out in entry.get("outs", []) if not VOLATILE.fullmatch(out["path"])]
+            outs = [{"path": out["path"]} if VOLATILE.fullmatch(out["path"]) else out for out in entry["outs"]]
             locked[f"{file.relative_to(root)}:{stage}"] = json.dumps(entry | {"outs": outs}, sort_keys=True)
     return hashes | locked
 
 
 def entries_of(lock):
-    """Stage -> its entry in a lock file; `ValueError` for a file that was cut, even where what is left can be read."""
+    """Stage -> its entry in a lock file; `ValueError` for a file that was cut, as far as that can be seen."""
     try:
         found = yaml.safe_load(lock.read_text())
-        if found["schema"] == "2.0" and all(entry["cmd"] and entry["outs"] for entry in found["stages"].values()) and lock.read_text().endswith("\n"):
+        entries = found["stages"].values()
+        if lock.read_text().endswith("\n") and all(entry["cmd"] and all(out["path"] and out["md5"] for out in entry["outs"]) for entry in entries):
             return found["stages"]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError):
         pass

@@ -56,14 +56,17 @@ def test_another_record_in_a_lock_is_named_but_not_what_differs_each_time(grid):
     assert after(grid, lambda: (grid / "results" / "costs.csv").write_text("2.5\n")) == []
 
 
-def test_a_lock_that_was_cut_anywhere_is_noticed(grid):
-    lock = grid / "dvc.lock"
+def test_a_lock_that_was_cut_is_noticed_wherever_that_was(grid):
+    """In the middle of a line at once; between two, by what is missing in the end."""
+    lock, expected, seen = grid / "dvc.lock", aftermath.results(grid), 0
     whole = lock.read_bytes()
     for size in range(len(whole)):
         lock.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"is cut: {size} bytes"):
-            aftermath.entries_of(lock)
-        assert torture.cut_locks(grid)
+        if cut := torture.cut_locks(grid):
+            seen += f"is cut: {size} bytes" in cut[0]
+        else:
+            assert whole[:size].endswith(b"\n") and aftermath.differences(expected, aftermath.results(grid))
+    assert seen > len(whole) - len(whole.splitlines())
     lock.write_bytes(whole)
     assert not torture.cut_locks(grid)
 
@@ -133,7 +136,8 @@ def test_a_timed_kill_hits_the_write_of_the_lock(tmp_path, kind):
     program.write_text(f"import os, tempfile, time\n{write}\ntime.sleep(60)\n")
     start = time.monotonic()
     assert subprocess.run([sys.executable, "-c", torture.TIMED, kind, "1", "0.01", program]).returncode == -9
-    assert time.monotonic() - start < 30 and lock.read_text() == ""
+    assert time.monotonic() - start < 50, "it did not wait to its end"
+    assert lock.read_text() == "" if kind == "in place" else lock.read_text() in ("old", "")
 
 
 def test_every_stage_has_a_kind():
