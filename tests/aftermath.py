@@ -18,7 +18,7 @@ from tests.letters import below
 
 # What differs from time to time, and is no result: seconds, executed notebooks, what stages have printed.
 VOLATILE = re.compile(r"(runs/(notebooks|costs|logs)/.*|results/costs\.csv|results/report/report\.html|(.*/)?dvc\.lock)")
-OF_DVC = re.compile(r"\.dvc/(tmp/(lock|rwlock|rwlock\.lock|btime|coordinator|(stages|locks)/.*)|cache/.*)")  # it keeps them from command to command
+KEPT = re.compile(r"\.dvc/(tmp/(lock|rwlock|rwlock\.lock|btime|coordinator|(stages|locks)/.*)|cache/.*)|runs/logs/jobs/.*")  # kept from command to command
 CACHES = {".git", "__pycache__"}
 HOLDERS = {"coordinator", "worker", "fork server", "job"}  # with one of them goes what a stage has done and nobody has recorded
 END = re.compile(r": \d+\.\d s, see ")  # what a stage prints last
@@ -116,7 +116,7 @@ def left_over(
 ):
     """Processes, entries of locks, files, sockets and folders that nobody needs."""
     processes = [f"{process} lives on" for process in living(root)]
-    there = {name for name in names(root) - expected if not OF_DVC.fullmatch(name)} | {f"{scratch.name}/{name}" for name in names(scratch) - {"."}}
+    there = {name for name in names(root) - expected if not KEPT.fullmatch(name)} | {f"{scratch.name}/{name}" for name in names(scratch) - {"."}}
     return [*processes, *held(root), *(f"{name} was left" for name in sorted(there))]
 
 

@@ -72,8 +72,9 @@ class Grid(Clone):
         for process in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 said, pid = os.readlink(process / "fd" / "1"), int(process.name)
-                if said.startswith(logs) and os.getpgid(pid) == pid:
-                    found[pid] = said.removeprefix(logs).removesuffix(".log")
+                name = said.removeprefix(logs)
+                if name != said and name.endswith(".log") and "/" not in name and os.getpgid(pid) == pid:
+                    found[pid] = name.removesuffix(".log")
         return found
 
     def note(self, *words):
