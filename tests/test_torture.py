@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -146,10 +148,11 @@ def test_every_stage_has_a_kind():
 
 
 @pytest.mark.slow
-def test_a_campaign_on_a_grid_that_weighs_nothing_finds_nothing(tmp_path):
+def test_a_campaign_on_a_grid_that_weighs_nothing_finds_nothing():
     """The same coordinator, kills and checks; the stages sleep and write a line."""
     chosen = torture.parser().parse_args(["--kills", "8", "--seed", "1", "--only", "local"])
-    (part,) = torture.campaign(chosen, tmp_path, print, Light).values()
+    with tempfile.TemporaryDirectory() as folder:  # a short name: sockets of Unix lie in it
+        (part,) = torture.campaign(chosen, Path(folder), print, Light).values()
     assert part.problems == [] and part.total >= 5 and part.rounds >= 1 and part.commands >= 1
 
 
