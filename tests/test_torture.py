@@ -3,16 +3,13 @@
 import json
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import aftermath, grids, torture
 from tests.letters import wait_until
-from tests.light import Light
 
 TRAIN, REPORT = "tasks/cb/dvc.yaml:train@pt-0", "report"
 
@@ -145,15 +142,6 @@ def test_a_timed_kill_hits_the_write_of_the_lock(tmp_path, kind):
 def test_every_stage_has_a_kind():
     logs = {"plan": "plan", "search-transfer@spot": "search", "search-like@mpt": "search", "tasks-cola-train-transfer@mpt-0": "train", "tasks-cb-prepare": "prepare"}
     assert {log: grids.kind_of(log) for log in logs} == logs
-
-
-@pytest.mark.slow
-def test_a_campaign_on_a_grid_that_weighs_nothing_finds_nothing():
-    """The same coordinator, kills and checks; the stages sleep and write a line."""
-    chosen = torture.parser().parse_args(["--kills", "8", "--seed", "1", "--only", "local"])
-    with tempfile.TemporaryDirectory() as folder:  # a short name: sockets of Unix lie in it
-        (part,) = torture.campaign(chosen, Path(folder), print, Light).values()
-    assert part.problems == [] and part.total >= 5 and part.rounds >= 1 and part.commands >= 1
 
 
 # ---- the last result ----------------------------------------------------------------------------------------------------
