@@ -15,7 +15,10 @@ if TYPE_CHECKING:  # the names of `_HOMES` once more, for editors and type check
     from .methods.registry import register as register
     from .model.backbone import Backbone as Backbone
     from .model.backbone import load_backbone as load_backbone
+    from .model.bank import PromptBank as PromptBank
     from .model.modeling import EPTModel as EPTModel
+    from .model.serving import encode_embeds as encode_embeds
+    from .model.serving import prompt_embeds as prompt_embeds
     from .prompt.soft import EPTConfig as EPTConfig
     from .training.config import TrainingConfig as TrainingConfig
     from .training.distillation import share_prompt as share_prompt
@@ -33,6 +36,8 @@ _HOMES = {
     "prompt.soft": ("EPTConfig",),
     "model.backbone": ("Backbone", "load_backbone"),
     "model.modeling": ("EPTModel",),
+    "model.serving": ("encode_embeds", "prompt_embeds"),
+    "model.bank": ("PromptBank",),
     "methods.registry": ("METHODS", "Method", "build_method", "register"),
     "training.config": ("TrainingConfig",),
     "training.training": ("Run", "train"),

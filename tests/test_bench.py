@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import bench  # noqa: E402
 import contender  # noqa: E402
+import serving  # noqa: E402
 import show  # noqa: E402
 
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
@@ -82,6 +83,38 @@ def test_page_shows_the_results(file):
     page = (ROOT / "bench" / "README.md").read_text()
     assert show.show(file) in page, f"run: python bench/show.py {file.relative_to(ROOT)} --readme"
     assert f"results/{file.stem}.svg" in page and file.with_suffix(".svg").exists()
+
+
+def test_each_way_of_serving_answers_the_same(job):
+    """On the tiny shape, in this process: what a process of each way computes."""
+    from ept.model.bank import PromptBank
+
+    backbone, models = serving.load({**job, "tasks": [0, 1, 2], "threads": 1, "precision": "float32"})
+    requests = serving.draw(waiting=7, tasks=3, seed=1, vocabulary=320)
+    assert sorted(task for task, _ in requests) == [0, 0, 0, 1, 1, 2, 2] and requests != serving.draw(7, 3, seed=2, vocabulary=320)
+    apart = serving.answer_by_models(models, requests)
+    together = serving.answer_by_bank(PromptBank(backbone, {str(task): model for task, model in models.items()}), requests)
+    assert all(one == pytest.approx(other, abs=1e-5) for one, other in zip(apart, together, strict=True))
+    assert len({tuple(scores) for scores in apart}) == 7
+
+
+@pytest.mark.slow
+def test_a_process_serves(job):
+    requests = serving.draw(waiting=4, tasks=2, seed=1, vocabulary=320)
+    with serving.Server("bank", tasks=2, cores=1, folder=job["folder"], shape="tiny", precision="float32") as server:
+        scores, seconds = server.answer(requests)
+        assert len(scores) == 4 and seconds > 0
+        if Path("/proc/self/smaps_rollup").exists():
+            assert server.memory() > 1e7
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench" / "results" / "serving").glob("*.json")), ids=lambda f: f.stem)
+def test_page_shows_what_serving_costs(file):
+    """Ratios are of rounds side by side, so their medians need not be those of the rates."""
+    found, page = json.loads(file.read_text()), (ROOT / "bench" / "README.md").read_text()
+    assert serving.show(found) in page, f"run: python bench/serving.py --show {file.relative_to(ROOT)}"
+    assert set(found["memory_bytes"]) == set(serving.WAYS) and found["largest_difference"] >= 0
+    assert all(ways["processes"]["times_processes"]["median"] == 1 for ways in found["waiting"].values())
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ def undeclared(folder, declared, everywhere=True, keep=lambda path: True):
     return {f"{path.relative_to(ROOT)}: {name}" for path, text in sources(folder) if keep(path) for name in imported(text, everywhere) - set(declared)}
 
 
-EXTRA_OF = {"report": "report", "workflow": "workflow"}  # wing -> the extra that brings what it imports at the top of its modules
+EXTRA_OF = {"report": "report", "workflow": "workflow", "training/harness.py": "harness"}  # wing or module -> the extra that brings what it imports at its top
 
 
 def test_the_scan_sees_what_is_not_declared():
@@ -85,15 +85,16 @@ def test_the_scan_sees_what_is_not_declared():
 
 def test_the_library_imports_what_pip_install_brings():
     "At the top of a module: the base requirements, and for some wings an extra. Inside a function: any extra for users."
-    assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: path.parent.name not in EXTRA_OF)
-    for wing, extra in EXTRA_OF.items():
-        assert not undeclared(f"ept/{wing}", requirements(extra), everywhere=False)
-    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2", "cluster"))
+    within = lambda part: lambda path: path.is_relative_to(ROOT / "ept" / part)
+    assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: not any(within(part)(path) for part in EXTRA_OF))
+    for part, extra in EXTRA_OF.items():
+        assert not undeclared("ept", requirements(extra), everywhere=False, keep=within(part))
+    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2", "cluster", "harness"))
 
 
 def test_pipeline_notebooks_and_tests_import_what_their_extras_bring():
     assert not undeclared("nbs/pipelines", requirements("pipeline"))
-    assert not undeclared("nbs", requirements("pipeline", "notebooks", "peft"), keep=lambda path: path.suffix == ".ipynb")
+    assert not undeclared("nbs", requirements("pipeline", "notebooks", "peft", "harness"), keep=lambda path: path.suffix == ".ipynb")
     assert not any(undeclared(folder, requirements("dev")) for folder in ("nbs", "tests", "bench"))
 
 
