@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench lint test test-quick test-slurm torture outputs export readme notebooks clean
+.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench lint test test-quick test-slurm torture outputs export readme docs notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,8 +97,11 @@ export: $(READY)  ## notebooks -> ept/, notebooks without what a session leaves 
 readme: $(READY)  ## nbs/index.ipynb -> README.md
 	$(BIN)/python nbs/readme.py
 
+docs: $(READY)  ## the notebooks as a site in _docs; needs Quarto (quarto.org)
+	$(BIN)/python nbs/docs.py
+
 notebooks: $(READY)  ## JupyterLab on the repository; it opens nbs/index.ipynb
 	$(BIN)/jupyter lab --ServerApp.root_dir=. nbs/index.ipynb
 
 clean:  ## remove what can be made again: runs/ and the DVC cache; results/ stay
-	rm -rf runs .dvc/cache .dvc/tmp build dist *.egg-info .pytest_cache
+	rm -rf runs .dvc/cache .dvc/tmp build dist *.egg-info .pytest_cache _docs _proc

@@ -2,12 +2,14 @@
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 import zipfile
+from email import message_from_string
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
@@ -156,14 +158,132 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
     "Every module, template and py.typed; built from a copy, so that nothing is left beside the sources."
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "ept", copy / "ept", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy / file)
     build = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, copy]
     subprocess.run(build, check=True)
     (wheel,) = tmp_path.glob("*.whl")
-    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    archive = zipfile.ZipFile(wheel)
+    held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == {str(path.relative_to(ROOT)) for path in (ROOT / "ept").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
     assert "ept/py.typed" in held and "ept/prompt/soft.py" in held
+    (about,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    about = message_from_string(archive.read(about).decode())
+    assert set(about.get_all("Project-URL")) == {f"{name}, {address}" for name, address in PROJECT["urls"].items()}
+    assert about["Description-Content-Type"] == "text/markdown" and about.get_payload() == page_of_pypi()
+
+
+def page_of_pypi():
+    """What setup.py makes of README.md, without its call of setup."""
+    parts = [node for node in ast.parse((ROOT / "setup.py").read_text()).body if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))]
+    names = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(ast.Module(parts, []), "setup.py", "exec"), names)
+    return names["long_description"]()
+
+
+def test_pypi_shows_pictures_and_follows_links():
+    """Addresses there are whole; behind each is a file of the repository, and nothing else differs from README.md."""
+    readme, page = (ROOT / "README.md").read_text(), page_of_pypi()
+    targets = re.compile(r"\]\(([^)]+)\)")
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page)
+    repository = PROJECT["urls"]["Repository"]
+    raw = repository.replace("github.com", "raw.githubusercontent.com")
+    assert pictures and all(address.startswith("https://") for address in pictures)
+    assert len(targets.findall(page)) == len(targets.findall(readme)) and all(re.match(r"https?://|#", address) for address in targets.findall(page))
+    for address in targets.findall(page):
+        for start in (f"{raw}/main/", f"{repository}/blob/main/"):
+            if address.startswith(start):
+                assert (ROOT / address.removeprefix(start).partition("#")[0]).exists(), address
+    assert page.replace(f"{raw}/main/", "").replace(f"{repository}/blob/main/", "") == readme
+
+
+# ---- where it is built ----------------------------------------------------------------------------------------------------
+
+
+def workflow(name):
+    """A workflow of GitHub; YAML 1.1 reads the key `on` as true."""
+    return yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+
+
+def steps(job):
+    return [step.get("run") or step["uses"] for step in job["steps"]]
+
+
+def test_every_supported_python_and_system_is_tested():
+    job = workflow("test")["jobs"]["test"]
+    matrix = job["strategy"]["matrix"]
+    assert steps(job)[-1] == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
+    versions = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d", line)]
+    assert matrix["python"] == versions and versions[0] == PROJECT["requires-python"].removeprefix(">=")
+    assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos"}
+    assert {"push", "pull_request"} <= set(workflow("test")[True])
+
+
+def test_a_release_is_tested_built_and_published_without_a_password():
+    jobs = workflow("release")["jobs"]
+    assert jobs["test"]["uses"] == "./.github/workflows/test.yml" and "workflow_call" in workflow("test")[True]
+    assert jobs["publish"]["needs"] == ["test", "build"] and jobs["publish"]["permissions"] == {"id-token": "write"}
+    assert any(step.startswith("pypa/gh-action-pypi-publish@") for step in steps(jobs["publish"]))
+    assert not re.search(r"secrets\.|password|token:", (ROOT / ".github/workflows/release.yml").read_text().replace("id-token:", "").replace("no password", ""))
+    wheel = f"{PROJECT['name'].replace('-', '_')}-${{GITHUB_REF_NAME#v}}-py3-none-any.whl"
+    assert any(wheel in step for step in steps(jobs["build"]))
+
+
+def test_workflows_and_the_image_call_targets_that_exist():
+    targets = set(re.findall(r"(?m)^([a-z][\w-]*):", (ROOT / "Makefile").read_text()))
+    texts = [path.read_text() for path in [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / "Dockerfile", ROOT / ".ci" / "run"]]
+    called = {name for text in texts for name in re.findall(r"\bmake[ \",]+([a-z][\w-]+)", re.sub(r"(?m)^\s*#(?! The repository).*$|install -y.*$", "", text))}
+    assert {"install", "test", "docs", "reproduce", "help"} <= called <= targets
+
+
+def test_the_image_is_made_of_files_that_exist():
+    """And what is copied before `make install` is all that it reads."""
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[1:-1]]
+    assert copied[-1] == "." and not [word for word in copied if not (ROOT / word).exists()]
+    assert {"Makefile", "pyproject.toml", "setup.py", "requirements-dev.txt", "README.md", "LICENSE", "params.yaml", "ept"} <= set(copied)
+    base = re.match(r"FROM python:(\d+\.\d+)-slim", next(line for line in lines if line.startswith("FROM")))[1]
+    assert any(line.endswith(f":: {base}") for line in PROJECT["classifiers"])
+
+
+# ---- where it is read -----------------------------------------------------------------------------------------------------
+
+
+def test_the_site_has_every_page_and_knows_its_address(tmp_path, monkeypatch):
+    """Quarto is not needed for that: the configuration is what nbdev writes, the sidebar lists each notebook but templates once, in reading order."""
+    from nbdev import quarto
+    from nbdev.config import get_config
+
+    monkeypatch.syspath_prepend(ROOT / "nbs")
+    import docs
+
+    pages = [page for section in docs.sidebar()["website"]["sidebar"]["contents"] for page in ([section] if isinstance(section, str) else section["contents"])]
+    found = [path.relative_to(ROOT / "nbs") for path in (ROOT / "nbs").rglob("*.ipynb")]
+    notebooks = [path.as_posix() for path in found if not any(part.startswith((".", "_")) for part in path.parts)]
+    assert len(pages) == len(set(pages)) and set(pages) == {page for page in notebooks if not page.startswith("pipelines/")}
+    numbered = [Path(page).name for page in pages if re.match(r"\d\d[a-z]?_", Path(page).name)]
+    assert numbered == sorted(numbered), "in reading order"
+    config = get_config(ROOT)
+    assert config.git_url == PROJECT["urls"]["Repository"]
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "ept", tmp_path / "ept", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "nbs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    quarto.refresh_quarto_yml()
+    for name in ("nbdev.yml", "_quarto.yml"):
+        assert (ROOT / "nbs" / name).read_text() == (tmp_path / "nbs" / name).read_text(), "python -c 'from nbdev.quarto import refresh_quarto_yml as r; r()'"
+    assert (ROOT / "nbs" / "styles.css").exists(), "_quarto.yml names it"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs" / "tutorials").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_tutorial_opens_in_colab_and_installs_the_package_there_first(path):
+    cells = json.loads(path.read_text())["cells"]
+    page = f"{PROJECT['urls']['Repository'].removeprefix('https://github.com/')}/blob/main/{path.relative_to(ROOT).as_posix()}"
+    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{page})"
+    assert badge in "".join(cells[0]["source"])
+    first = "".join(next(cell for cell in cells if cell["cell_type"] == "code")["source"])
+    code = f'if "google.colab" in sys.modules:  # the package comes with a clone, and not with Colab\n    get_ipython().run_line_magic("pip", "install -q {PROJECT["name"]}")'
+    assert code in first, "the first code cell installs the package, on Colab alone"
 
 
 def test_type_checkers_see_the_public_names():
