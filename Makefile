@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench lint test test-quick test-slurm torture outputs export readme docs notebooks clean
+.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench scaling lint test test-quick test-slurm walk torture outputs export readme docs notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ backbone: $(READY)  ## train the embedded backbone anew and keep it in store/; N
 bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1: minutes); results to bench/results/NAME.json
 	$(BIN)/python bench/bench.py --name $(or $(NAME),this-machine) $(if $(QUICK),--quick)
 
+scaling: $(READY)  ## what the coordinator costs for 936 stages, and how they scale (an hour); into bench/README.md, under NAME
+	$(BIN)/python bench/scaling.py --name $(or $(NAME),this-machine) $(ARGS)
+
 lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how Python files are set
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -85,6 +88,10 @@ test-slurm: $(READY)  ## the tests that need Slurm, on one that is started for t
 
 torture: $(READY)  ## kill a small grid at random, fill its disk, give two commands at once: minutes; ARGS="--kills 50 --only local" for less
 	$(BIN)/python -m tests.torture --write $(ARGS)
+
+walk: $(READY)  ## the paper profile in miniature, on weights of T5-base's shape, from a stand-in hub to the report, here and through Slurm
+	@$(BIN)/python tests/slurm.py check
+	EPT_TEST_SHAPE=t5-base EPT_TEST_SLURM=1 $(BIN)/python -m pytest tests/test_paper.py
 
 outputs: $(READY)  ## execute the notebooks, or NB=nbs/wing/name.ipynb, and keep what they show; look at the difference
 	$(BIN)/python nbs/execute.py --write $(NB)

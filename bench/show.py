@@ -18,7 +18,6 @@ NAMES = {
     "frozen": "no prompt",
 }
 SHAPES = {"t5-base": "T5-base", "smollm2": "SmolLM2-135M", "tiny": "a tiny T5"}
-START, END = "<!-- results -->", "<!-- end of results -->"
 
 
 def precision(name, machine):
@@ -138,15 +137,19 @@ def draw(file):
     figure.savefig(Path(file).with_suffix(".svg"), metadata={"Date": None})
 
 
+def replace_part(page, name, text):
+    "Put a text between the two comments of a page that bear a name."
+    start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = page.read_text().split(start)
+    page.write_text(f"{before}{start}\n\n{text}\n{end}{rest.split(end)[1]}")
+
+
 def main(arguments):
     file = Path(arguments[0])
     print(show(file))
     if "--readme" in arguments:  # the figure and the tables of one machine
         draw(file)
-        readme = HERE / "README.md"
-        before, rest = readme.read_text().split(START)
-        after = rest.split(END)[1]
-        readme.write_text(f"{before}{START}\n\n![step times and memory](results/{file.stem}.svg)\n\n{show(file)}\n{END}{after}")
+        replace_part(HERE / "README.md", "results", f"![step times and memory](results/{file.stem}.svg)\n\n{show(file)}")
 
 
 if __name__ == "__main__":

@@ -144,6 +144,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'ept/grid/configuration.py'),
                                         'ept.grid.configuration._check_search': ( 'grid/configuration.html#_check_search',
                                                                                   'ept/grid/configuration.py'),
+                                        'ept.grid.configuration._check_swept': ( 'grid/configuration.html#_check_swept',
+                                                                                 'ept/grid/configuration.py'),
                                         'ept.grid.configuration._list_of': ( 'grid/configuration.html#_list_of',
                                                                              'ept/grid/configuration.py'),
                                         'ept.grid.configuration._parts': ('grid/configuration.html#_parts', 'ept/grid/configuration.py'),

@@ -1,14 +1,9 @@
 """Backbones: from a folder, from a stand-in for the hub served on this machine, and when there is nothing to load."""
 
-import hashlib
-import http.server
 import importlib.util
 import json
-import os
-import re
 import subprocess
 import sys
-import threading
 
 import pytest
 import torch
@@ -20,6 +15,7 @@ from ept.model import backbone as library
 from ept.model.backbone import SOURCES, BackboneSource, load_backbone, materialise
 from ept.model.weights import fingerprint
 from tests.conftest import byte_tokenizer, perturbed, tiny_backbone, tiny_gpt2, tiny_t5
+from tests.hub import Hub
 
 COMMIT = "b" * 40
 
@@ -72,61 +68,21 @@ def test_precision_is_that_of_the_settings(folder):
 
 
 @pytest.fixture
-def hub(folder, tmp_path, monkeypatch):
-    "A server that holds one model at one commit, and an environment in which it is the hub."
-    seen = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            seen.append(self.path)
-            path = self.path.partition("?")[0]
-            if re.fullmatch(r"/api/models/own/model(/revision/\w+)?", path):
-                self.answer(200, json.dumps({"id": "own/model", "sha": COMMIT, "siblings": []}).encode(), **{"Content-Type": "application/json"})
-                return
-            found = re.fullmatch(r"/own/model/resolve/(\w+)/(.+)", path)
-            file = folder / found[2] if found else None
-            if file is None or found[1] not in (COMMIT, "main") or not file.is_file():
-                self.answer(404, **{"X-Error-Code": "EntryNotFound"})
-                return
-            body = file.read_bytes()
-            self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', **{"X-Repo-Commit": COMMIT})
-
-        do_HEAD = do_GET
-
-        def answer(self, status, body=b"", **headers):
-            self.send_response(status)
-            for key, value in {"Content-Length": len(body), **headers}.items():
-                self.send_header(key, str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    keep = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
-    server.environment = keep | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hub"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
-    server.seen = seen
-    yield server
-    server.shutdown()
-    server.server_close()
+def hub(folder):
+    "A stand-in for the hub that holds one model at one commit."
+    with Hub() as hub:
+        hub.add("own/model", COMMIT, folder)
+        hub.references["own/model", "main"] = COMMIT
+        yield hub
 
 
-def in_a_fresh_process(hub, code):
-    return subprocess.run([sys.executable, "-c", code], env=hub.environment, capture_output=True, text=True, timeout=120)
+def in_a_fresh_process(hub, cache, code):
+    return subprocess.run([sys.executable, "-c", code], env=hub.environment(cache), capture_output=True, text=True, timeout=120)
 
 
 def test_a_hub_model_becomes_a_folder_that_remembers_its_commit(hub, tmp_path):
     code = f"from ept.model.backbone import materialise; materialise('own/model', {str(tmp_path / 'kept')!r})"
-    done = in_a_fresh_process(hub, code)
+    done = in_a_fresh_process(hub, tmp_path / "hub", code)
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads((tmp_path / "kept" / "backbone.json").read_text())
     assert (record["name"], record["revision"]) == ("own/model", COMMIT)
@@ -137,8 +93,8 @@ def test_a_hub_model_becomes_a_folder_that_remembers_its_commit(hub, tmp_path):
     assert fingerprint(backbone.model) == fingerprint(tiny_t5())
 
 
-def test_a_hub_model_loads_by_its_name(hub):
-    done = in_a_fresh_process(hub, "from ept import load_backbone; b = load_backbone('own/model'); print(b.family, b.revision)")
+def test_a_hub_model_loads_by_its_name(hub, tmp_path):
+    done = in_a_fresh_process(hub, tmp_path / "hub", "from ept import load_backbone; b = load_backbone('own/model'); print(b.family, b.revision)")
     assert done.stdout.split() == ["encoder-decoder", COMMIT], done.stderr[-2000:]
 
 

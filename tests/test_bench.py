@@ -1,7 +1,6 @@
 """The benchmark runs, on a tiny shape, and its page says what its result files say."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import bench  # noqa: E402
 import contender  # noqa: E402
+import scaling  # noqa: E402
 import serving  # noqa: E402
 import show  # noqa: E402
 
@@ -117,10 +117,14 @@ def test_page_shows_what_serving_costs(file):
     assert all(ways["processes"]["times_processes"]["median"] == 1 for ways in found["waiting"].values())
 
 
+# ---- grids --------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], ["--flat"]])
-def test_a_grid_of_trivial_commands_runs_in_both_layouts(layout):
-    command = [sys.executable, "bench/dvc_grid.py", "--tasks", "2", "--methods", "2", "--seeds", "1", *layout]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "8 stages and a report" in done.stdout and "nothing left to do" in done.stdout
+@pytest.mark.parametrize("flat", [False, True], ids=["a file for each task", "one file"])
+def test_a_grid_is_made_and_measured_in_both_layouts(flat):
+    with scaling.project({"tasks": 2, "methods": 2, "seeds": 1}, flat, work="sleep 0.1 && ") as root:
+        made, again = (scaling.measure(root, workers=2) for _ in range(2))
+        assert (root / "report").read_text().strip() == "4"
+    assert (made["made"], again["made"]) == (9, 0)
+    assert 0 < scaling.efficiency(made, 0.1, 2) < 1 and 0 < made["cpu_seconds"] < made["seconds"]

@@ -2,12 +2,9 @@
 
 import functools
 import hashlib
-import http.server
 import importlib.util
-import json
 import logging
 import re
-import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -26,28 +23,11 @@ from ept.data.tasks import SPLITS, TASKS, HubSource, Task
 from ept.grid.preparation import prepare, read_rows, rows_chosen
 from ept.grid.profiles import load_profile
 from tests.conftest import byte_tokenizer
+from tests.hub import Hub, hub_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL = SHARED / "data"
 real_data = pytest.mark.skipif(not REAL.is_dir(), reason="the real benchmarks are not in ../shared/data")
-
-
-# ---- made-up rows in the hub's columns
-
-
-def hub_rows(name, n=20, start=0):
-    "Rows of a benchmark in the hub's columns; every text is different."
-    task, rows = TASKS[name], []
-    for i in range(start, start + n):
-        row = {field: f"{field} number {i} of these" for field in task.fields}
-        row["label"] = float(i % 6) if task.regression else i % len(task.labels)
-        row["idx"] = i
-        if name == "multirc":
-            row["idx"] = {"paragraph": i // 8, "question": i // 4, "answer": i}
-        if name == "wsc":
-            row.update(span1_text="text", span1_index=0, span2_text="number", span2_index=1)
-        rows.append(row)
-    return pd.DataFrame(rows)
 
 
 def write_hub(folder, name, **splits):
@@ -409,65 +389,25 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 # ---- the hub, a stand-in on this machine
 
-COMMIT = {"main": "a" * 40, "refs/convert/parquet": "c" * 40}
+MAIN, PARQUET, NEXT = "a" * 40, "c" * 40, "b" * 40
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    "A server that speaks as much of the hub's language as a download needs; `files[(commit, path)]` is what it holds."
-    files, seen = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def answer(self, status, body=b"", **headers):
-            self.send_response(status)
-            for key, value in {"Content-Length": len(body), **headers}.items():
-                self.send_header(key.replace("_", "-"), str(value))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
-
-        def do_GET(self):
-            seen.append(self.path)
-            path = self.path.partition("?")[0].replace("%2F", "/")
-            if found := re.fullmatch(r"/api/datasets/own/set(?:/revision/(.+))?", path):
-                commit = COMMIT.get(found[1] or "main", found[1])
-                self.json(commit, {"id": "own/set", "sha": commit, "siblings": [{"rfilename": p} for c, p in files if c == commit]})
-            elif found := re.fullmatch(r"/api/datasets/own/set/tree/([^/]+|refs/convert/parquet)", path):
-                commit = COMMIT.get(found[1], found[1])
-                self.json(commit, [{"type": "file", "path": p, "size": len(b), "oid": hashlib.sha1(b).hexdigest()} for (c, p), b in files.items() if c == commit])
-            elif (found := re.fullmatch(r"/datasets/own/set/resolve/([^/]+)/(.+)", path)) and (body := files.get((found[1], found[2]))) is not None:
-                self.answer(200, body, ETag=f'"{hashlib.sha1(body).hexdigest()}"', X_Repo_Commit=found[1])
-            else:
-                self.answer(404, X_Error_Code="EntryNotFound")
-
-        do_HEAD = do_GET
-
-        def json(self, commit, value):
-            if not any(c == commit for c, _ in files):
-                self.answer(404, X_Error_Code="RevisionNotFound")
-                return
-            self.answer(200, json.dumps(value).encode(), Content_Type="application/json", X_Repo_Commit=commit)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    constants = {
-        "ENDPOINT": address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-    }
-    for name, value in constants.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
-    huggingface_hub.close_session()
-    server.files, server.seen = files, seen
-    yield server
-    server.shutdown()
-    server.server_close()
+    "A stand-in for the hub that this process takes for the real one; it holds nothing yet."
+    with Hub() as hub:
+        hub.references = {("own/set", "main"): MAIN, ("own/set", "refs/convert/parquet"): PARQUET}
+        constants = {
+            "ENDPOINT": hub.address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+        }
+        for name, value in constants.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
+        huggingface_hub.close_session()
+        yield hub
     huggingface_hub.close_session()
 
 
@@ -478,42 +418,37 @@ def own(revision=None, **changes):
 def serve(hub, commit, name="rte-train", pattern="{config}/{split}-00000-of-00001.parquet", start=0):
     for split in ("train", "validation"):
         body = hub_rows("rte", start=start).to_parquet()
-        hub.files[commit, pattern.format(config="rte", split=split)] = body
-    hub.files[commit, "other/train-00000-of-00001.parquet"] = b"of no concern"
+        hub.files["own/set", commit, pattern.format(config="rte", split=split)] = body
+    hub.files["own/set", commit, "other/train-00000-of-00001.parquet"] = b"of no concern"
 
 
-def stop(hub):
-    hub.shutdown()
-    hub.server_close()
-
-
-def test_hub_download_records_the_commit_and_is_read_again_without_a_network(hub, monkeypatch):
-    serve(hub, COMMIT["main"])
+def test_hub_download_records_the_commit_and_is_read_again_without_a_network(hub):
+    serve(hub, MAIN)
     data = load_task(own(), "hub")
-    assert (data.source, data.revision) == ("hub", COMMIT["main"])
+    assert (data.source, data.revision) == ("hub", MAIN)
     assert [len(data[s]) for s in SPLITS] == [20, 10, 10]
     assert not [path for path in hub.seen if "other" in path], "another configuration's files are left alone"
-    serve(hub, "b" * 40, start=500)
-    monkeypatch.setitem(COMMIT, "main", "b" * 40)  # the hub moves on, the recorded commit does not
+    serve(hub, NEXT, start=500)
+    hub.references["own/set", "main"] = NEXT  # the hub moves on, the recorded commit does not
     again = load_task(own(), "hub", revision=data.revision)
     moved = load_task(own(), "hub")
     assert again["test"][:] == data["test"][:] and again.revision == data.revision
-    assert moved.revision == "b" * 40 and texts(moved, "train", "sentence1")[0] == "sentence1 number 500 of these"
-    stop(hub)
+    assert moved.revision == NEXT and texts(moved, "train", "sentence1")[0] == "sentence1 number 500 of these"
+    hub.stop()
     assert load_task(own(), "hub", revision=data.revision)["test"][:] == data["test"][:]
     assert load_task(own(), "hub").revision == moved.revision
 
 
 def test_a_script_based_set_is_read_from_its_parquet_branch(hub):
-    hub.files[COMMIT["main"], "set.py"] = b"a script"
-    serve(hub, COMMIT["refs/convert/parquet"], pattern="{config}/{split}/0000.parquet")
+    hub.files["own/set", MAIN, "set.py"] = b"a script"
+    serve(hub, PARQUET, pattern="{config}/{split}/0000.parquet")
     data = load_task(own(), "hub")
-    assert data.revision == COMMIT["refs/convert/parquet"] and len(data["train"]) == 20
+    assert data.revision == PARQUET and len(data["train"]) == 20
     assert load_task(own(), "hub", revision=data.revision).revision == data.revision
 
 
 def test_hub_without_the_files_says_where_it_looked(hub):
-    hub.files[COMMIT["main"], "README.md"] = b"nothing here"
+    hub.files["own/set", MAIN, "README.md"] = b"nothing here"
     message = failure(lambda: load_task(own(), "hub"))
     assert "revision main: no parquet files for train, validation" in message and "revision refs/convert/parquet" in message
     message = failure(lambda: load_task(own(), "hub", revision="d" * 40))
@@ -521,7 +456,7 @@ def test_hub_without_the_files_says_where_it_looked(hub):
 
 
 def test_hub_unreachable_and_nothing_cached(hub):
-    stop(hub)
+    hub.stop()
     message = failure(lambda: load_task(own(), "hub"))
     assert "the data set own/set (rte) cannot be downloaded from the hub and is not in its cache" in message
     assert all(way in message for way in WAYS)

@@ -125,7 +125,7 @@ def first_defined(cell):
 FIELDS = "a class with a line for each field or path"
 OVERRIDES = "one class whose methods are read together: overrides of the Trainer, or what a kind of prompt is"
 LONG_CELLS = {
-    **dict.fromkeys(["data.tasks.Task", "methods.registry.ROLES", "grid.profiles.Paths", "workflow.clusters.Cluster"], FIELDS),
+    **dict.fromkeys(["data.tasks.Task", "methods.registry.ROLES", "grid.profiles.Paths"], FIELDS),
     **dict.fromkeys(["prompt.base.Prompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
 }
 

@@ -16,7 +16,7 @@ from distributed import LocalCluster
 from dvc.lock import LockError
 from dvc.utils.serialize import dumps_yaml, parse_yaml
 
-from ept.workflow.clusters import BATCH, Cluster, LocalWorkers, Workers
+from ept.workflow.clusters import BATCH, Cluster, DaskWorkers, LocalWorkers, Workers
 from ept.workflow.lock_files import cut_off, entries_of, keep_locks
 from ept.workflow.mending import at_work, mend_locks
 from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch
@@ -332,6 +332,17 @@ def running_cluster(workers):
     settings = dask.config.set({"distributed.worker.daemon": False, "distributed.scheduler.allowed-failures": 0})
     with settings, LocalCluster(workers, 1, processes=True, dashboard_address=None, memory_limit=0) as cluster:
         yield cluster
+
+
+def test_all_workers_of_a_scheduler_that_runs_already_are_used(tmp_path):
+    """However many of them there are; `workers` counts those that we start ourselves."""
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
+    with (
+        LocalCluster(3, 2, processes=False, protocol="tcp://", dashboard_address=None, memory_limit=0) as cluster,
+        DaskWorkers(Cluster(cluster.scheduler_address, workers=1, gpus=0), setup) as workers,
+    ):
+        workers.client.wait_for_workers(3, timeout=30)
+        assert workers.limit == 2 * 3 * 2
 
 
 def test_a_worker_that_is_killed_loses_nothing(tmp_path, by_dvc):

@@ -130,6 +130,7 @@ def check_sizes(
             if (config, extra) in found:
                 raise ValueError(f"search.sizes.{name}: {' and '.join(sizes)} make no difference to {name!r}; name sizes that it has")
             found.append((config, extra))
+    _check_swept(profile, width)
 
 
 def _width(profile):
@@ -138,6 +139,20 @@ def _width(profile):
     places = [paths.backbone, *([paths.repository / folder] if folder else [])]
     place = next((place for place in places if (place / "config.json").is_file()), None)
     return AutoConfig.from_pretrained(place, trust_remote_code=False).get_text_config().hidden_size if place else None
+
+# %% ../../nbs/grid/51_configuration.ipynb #45cbd29b
+def _check_swept(profile, width):
+    "Refuse a size of the sweep that does not fit beside every choice that the search may make for `ept`."
+    sizes, method = profile.search.sizes.get("ept", {}), get_method("ept")
+    for run, values in itertools.product(profile.sweep_runs(), itertools.product(*sizes.values())):
+        chosen = dict(zip(sizes, values))
+        try:
+            config, extra = method.resolve(resolve(dataclasses.replace(run, chosen=chosen))[1])
+            if width:
+                method.kind.num_parameters(config, extra, width)
+        except ValueError as error:
+            beside = " and ".join(f"{name} {value}" for name, value in chosen.items())
+            raise ValueError(f"sweep.sizes: {run.size} on {run.task!r}{f', should the search choose {beside},' if beside else ''} cannot be: {error}") from None
 
 # %% ../../nbs/grid/51_configuration.ipynb #e838ac54
 def read_choice(

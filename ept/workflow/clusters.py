@@ -11,9 +11,10 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
@@ -92,18 +93,20 @@ class Cluster:
         if self.gpus_each:
             return self.gpus_each * self.runs_per_gpu + 1
         return self.workers if self.engine == "local" else 1
-    @classmethod
-    def read(
-        cls,
-        file: str | Path,  # an ini file with a section [cluster]; defaults where it has none
-        **changes: object,  # entries that are given otherwise
-    ) -> "Cluster":
-        "What a file says about the machines."
-        given = read_ini(file).get("cluster", {})
-        try:
-            return from_dict(cls, given | changes, "cluster")
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
+
+# %% ../../nbs/workflow/72_clusters.ipynb #182e995c
+@patch(cls_method=True)
+def read(
+    cls: Cluster,
+    file: str | Path,  # an ini file with a section [cluster]; defaults where it has none
+    **changes: object,  # entries that are given otherwise
+) -> Cluster:
+    "What a file says about the machines."
+    given = read_ini(file).get("cluster", {})
+    try:
+        return from_dict(cls, given | changes, "cluster")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 # %% ../../nbs/workflow/72_clusters.ipynb #aa4b6811
 @patch
@@ -209,7 +212,7 @@ def attempt(job: Job, setup: Setup) -> Outcome:
     from distributed import get_worker
 
     worker = get_worker()
-    key = worker.get_current_task()
+    key, setup = worker.get_current_task(), replace(setup, slots=worker.state.nthreads)
 
     def wanted():
         task = worker.state.tasks.get(key)
@@ -231,6 +234,7 @@ class DaskWorkers(Workers):
         self.lost, self.submitted = (CancelledError, KilledWorker), count()
         self.client = self.opened.enter_context(Client(self._jobs() if cluster.engine in BATCH else cluster.engine, timeout="20s"))
         self.dashboard = self.client.dashboard_link if find_spec("bokeh") else ""
+        self.threads, self.counted = 0, float("-inf")  # of all workers, and when that was asked
 
     def _jobs(self):
         options = self.cluster.job_options(f"{self.setup.logs}/jobs")
@@ -240,8 +244,12 @@ class DaskWorkers(Workers):
 
     @property
     def limit(self) -> int:
-        "How many stages may be with them at a time: those that run, and some that are next."
-        return 2 * self.cluster.workers * self.setup.slots
+        "How many stages may be with them at a time: those that run, and some that are next; workers that are there count, and jobs that are due."
+        if time.monotonic() - self.counted > 2:
+            with suppress(OSError):  # as long as the scheduler does not answer, what it said last
+                self.threads = sum(self.client.nthreads().values())
+            self.counted = time.monotonic()
+        return 2 * max(self.threads, self.cluster.workers * self.setup.slots)
 
     def submit(self, job: Job):
         "Have a stage run, after those that were submitted before; the outcome is the future's result."

@@ -65,6 +65,7 @@ def done(self: Schedule, stage: str) -> None:
         if not self.missing[other]:
             heappush(self.ready, self.place[other])
 
+
 @patch
 def after(self: Schedule, stages: Iterable[str]) -> list[str]:
     "All that needs one of these, in order."

@@ -124,6 +124,11 @@ def say(text):
     print(text, flush=True)
 
 
+def fetched(profile):
+    "The stages that may need a network."
+    return ("backbone", *(f"tasks/{task}/dvc.yaml:prepare" for task in profile.prepared))
+
+
 def show(stages, cluster):
     "Print what would run, and how, without running it."
     due = set()
@@ -158,6 +163,7 @@ def parser_of(profiles):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Where the stages run is said in the section [cluster] of settings.ini.")
     parser.add_argument("--profile", default=next(iter(profiles)), help=f"one of: {', '.join(profiles)} (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="stages at a time, in place of `workers` in settings.ini")
+    parser.add_argument("--fetch", action="store_true", help="only bring the rows and the backbone, on this machine: for a cluster whose nodes reach no network")
     parser.add_argument("--dry-run", action="store_true", help="only say what would run, and on a cluster show the script of a job")
     return parser
 
@@ -171,7 +177,8 @@ def main(arguments=None):
             raise unknown("profile", chosen.profile, files)
         profile = load_profile(files[chosen.profile])
         load_settings()
-        cluster = Cluster.read(ROOT / "settings.ini", **({"workers": chosen.jobs} if chosen.jobs is not None else {}))
+        changes = ({"workers": chosen.jobs} if chosen.jobs is not None else {}) | ({"engine": "local"} if chosen.fetch else {})
+        cluster = Cluster.read(ROOT / "settings.ini", **changes)
         folder, runs = profile.file.parent, Runs(profile)
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # `python` in a stage is this one
         with only_coordinator(folder):
@@ -179,7 +186,7 @@ def main(arguments=None):
             write_layout(profile)
             bring(profile)
             with keep_others_away(folder, say):
-                stages = Stages(folder)
+                stages = Stages(folder, fetched(profile) if chosen.fetch else ("dvc.yaml",))
                 list(map(say, stages.mended))
                 if chosen.dry_run:
                     show(stages, cluster)
@@ -187,13 +194,16 @@ def main(arguments=None):
                 say(f"{len(runs.runs)} runs of profile {profile.profile}; what their stages print is in {os.path.relpath(folder / 'runs' / 'logs')}")
                 setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
                 summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log"))
-            if summary.complete:
+            if summary.complete and not chosen.fetch:
                 remove_ended(folder / "runs" / "checkpoints")
     except (ValueError, FileNotFoundError, RuntimeError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:  # DVC has said what was wrong
         return error.returncode
+    if chosen.fetch and summary.complete:
+        print("the rows and the backbone are there; the rest of the grid needs no network")
+        return 0
     return conclude(summary, runs, duration(time.monotonic() - start))
 
 
