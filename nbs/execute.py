@@ -1,6 +1,6 @@
 """Execute the notebooks of the library, and compare what they show with what is committed, or keep it.
 
-    python nbs/execute.py                          # compare: a part of `make test`
+    python nbs/execute.py                          # compare, as tests/test_notebooks.py does
     python nbs/execute.py --write                  # keep: `make outputs`
     python nbs/execute.py nbs/prompt nbs/utils/00_checking.ipynb
 
@@ -29,6 +29,8 @@ from itertools import zip_longest
 from pathlib import Path
 
 import nbformat
+from jupyter_client import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbdev.clean import clean_nb, nbdev_clean
@@ -36,9 +38,12 @@ from nbdev.config import get_config
 from nbdev.test import nb_test_cells
 from PIL import Image
 
+import forks
+
 ROOT = Path(__file__).resolve().parents[1]
 NOT_EXECUTED = ("pipelines", ".ipynb_checkpoints")  # folders
 CELL_SECONDS = 600
+FEW = 2  # notebooks; for more of them it pays to import the big libraries once
 TEXTS, PICTURES = ("text/plain", "text/markdown", "text/html", "text/latex"), ("image/png", "image/svg+xml")
 TOLERANCE = 0.01  # of a number with a fraction, relative
 SMALLEST = 1e-5  # below it, a number with a fraction is zero
@@ -62,9 +67,26 @@ def environment():
     "The environment of a kernel: this clone's library, no setting of the person, nothing that moves on the screen."
     kept = {name: value for name, value in os.environ.items() if not name.startswith("EPT_")}
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    steady = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     quiet = {"PYTHONWARNINGS": "ignore", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    return {**kept, "PYTHONPATH": path, **steady, **quiet}
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # what a kernel chooses by itself, if it is the first to import matplotlib
+    return {**kept, "PYTHONPATH": path, **forks.STEADY, **quiet, **inline}
+
+
+class Forked(LocalProvisioner):
+    "Starts a kernel as a fork, where `LocalProvisioner` starts an interpreter."
+
+    async def launch_kernel(self, cmd, **options):
+        self.process = forks.Process(cmd[1:], options["cwd"], options["env"])
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+
+class ForkedKernel(AsyncKernelManager):
+    "The manager of a kernel that is forked from a process with the big libraries; see forks.py."
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.provisioner = Forked(kernel_id=self.kernel_id, kernel_spec=self.kernel_spec, parent=self)
 
 
 # ---- executing ----------------------------------------------------------------------------------------------------------
@@ -94,7 +116,7 @@ def with_a_palette(png):
     return b64encode(small.getvalue()).decode()
 
 
-async def execute(path, flags=()):
+async def execute(path, flags=(), kernel=AsyncKernelManager):
     "A notebook with the outputs of a fresh run; and the identifiers of the cells that were executed, for their outputs to be compared."
     notebook = nbformat.read(path, as_version=4)
     config = get_config(path)
@@ -104,6 +126,7 @@ async def execute(path, flags=()):
         notebook,
         timeout=CELL_SECONDS,
         kernel_name="python3",
+        kernel_manager_class=kernel,
         resources={"metadata": {"path": str(path.parent)}},
         store_widget_state=False,
         record_timing=False,
@@ -218,10 +241,10 @@ def find(paths):
     return found
 
 
-async def treat(path, write, flags):
+async def treat(path, write, flags, kernel):
     "Execute one notebook, then write or compare it; what is wrong, a sentence each."
     try:
-        fresh, executed = await execute(path, flags)
+        fresh, executed = await execute(path, flags, kernel)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
         return [re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()]
     if found := volatile(fresh):
@@ -236,12 +259,13 @@ async def treat(path, write, flags):
 async def treat_all(paths, write, flags, jobs):
     "All notebooks, some at a time, with a line for each; how many are not as they should be."
     free, wrong = asyncio.Semaphore(jobs), 0
+    kernel = ForkedKernel if len(paths) > FEW else AsyncKernelManager
 
     async def one(path):
         nonlocal wrong
         async with free:
             begun = time.monotonic()
-            found = await treat(path, write, flags)
+            found = await treat(path, write, flags, kernel)
         wrong += bool(found)
         print(f"{os.path.relpath(path)}: {time.monotonic() - begun:.0f} s{', FAILED' if found else ''}", flush=True)
         for sentence in found:

@@ -25,9 +25,15 @@ gc.freeze()  # the Trainer collects garbage at each start; half a second each ti
 
 
 def pytest_collection_modifyitems(items):
-    """Modules with slow tests first, so that no worker is left alone with them at the end."""
+    """What `--dist loadgroup` gives to a worker at a time: a module whose tests share a fixture, or else the cases of one test.
+
+    Modules come first, those with the most slow tests before all: what is left for the end is small, and no worker is alone with it.
+    """
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[item.path])
+    shares = {path: 'scope="module"' in path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    items.sort(key=lambda item: (not shares[item.path], -slow[item.path]))
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if shares[item.path] else f"{item.path.stem}-{item.originalname}"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 import time
 
 import psutil
 
+import forks
 from ept.workflow.clusters import Cluster
 from ept.workflow.scheduling import reproduce
 from ept.workflow.stages import Stages
@@ -23,7 +23,7 @@ class Project:
 
     def __init__(self, folder, slow="", extra=""):
         self.folder = folder
-        subprocess.run([*DVC, "init", "-q", "--no-scm"], cwd=folder, check=True)
+        assert self.dvc("init", "-q", "--no-scm").returncode == 0
         (folder / "table").write_text("1\n")
         letters = "".join(f"  {x}:\n    cmd: {slow} echo {x} $(cat table) >> {x}.txt; echo {x} >> ran\n    deps: [table]\n    outs: [{x}.txt: {{cache: false}}]\n" for x in LETTERS)
         joined = f"  joined:\n    cmd: cat ?.txt > joined; echo joined >> ran\n    deps: [{', '.join(f'{x}.txt' for x in LETTERS)}]\n    outs: [joined]\n"
@@ -39,7 +39,7 @@ class Project:
 
     def dvc(self, *words):
         """A command of DVC itself."""
-        return subprocess.run([*DVC, *words], cwd=self.folder, capture_output=True, text=True)
+        return forks.run("-m", "dvc", *words, cwd=self.folder)
 
     def ran(self):
         """The stages that have come to their end, in order."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+import forks
 from tests.conftest import byte_tokenizer, tiny_t5
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ class Clone:
         return {**kept, "EPT_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def call(self, *command, folder=None, fails=False):
-        done = subprocess.run([sys.executable, *command], cwd=folder or self.root, env=self.environment(), capture_output=True, text=True)
+        done = forks.run(*command, cwd=folder or self.root, env=self.environment())
         assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 

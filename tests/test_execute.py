@@ -2,8 +2,6 @@
 
 import base64
 import struct
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
@@ -11,11 +9,10 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "nbs"))
-import execute  # noqa: E402
+import execute
+import forks
 
-sys.path.pop(0)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def png(width, height):
@@ -176,7 +173,7 @@ def small(tmp_path):
 
 
 def call(*arguments):
-    return subprocess.run([sys.executable, ROOT / "nbs" / "execute.py", *map(str, arguments)], capture_output=True, text=True)
+    return forks.run(ROOT / "nbs" / "execute.py", *arguments, cwd=ROOT)
 
 
 def test_outputs_are_written_and_found_again(small):

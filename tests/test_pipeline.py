@@ -8,18 +8,18 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import yaml
 
+import forks
 from tests.miniature import BIN, PARAMETERS, ROOT, TASKS, Clone
 
 # ---- mistakes, answered by the runner -----------------------------------------------------------------------------------
 
 
 def ask(*arguments):
-    return subprocess.run([sys.executable, "nbs/pipelines/run.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return forks.run("nbs/pipelines/run.py", *arguments, cwd=ROOT)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_an_option_may_be_written_with_an_equals_sign():
 
 
 def test_unknown_profile_is_named():
-    done = subprocess.run([sys.executable, "nbs/pipelines/reproduce.py", "--profile", "smolm2"], cwd=ROOT, capture_output=True, text=True)
+    done = forks.run("nbs/pipelines/reproduce.py", "--profile", "smolm2", cwd=ROOT)
     assert done.returncode == 1 and "did you mean 'smollm2'?" in done.stderr
 
 

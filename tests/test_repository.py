@@ -14,6 +14,7 @@ import nbformat
 import pytest
 import yaml
 
+import execute
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 from ept.grid.configuration import check, resolve
@@ -24,10 +25,6 @@ from ept.utils.fingerprints import import_closure
 from ept.workflow.stages import Stages
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "nbs"))
-import execute  # noqa: E402
-
-sys.path.pop(0)
 
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.parts[len(ROOT.parts) :]))
 PIPELINE = [p for p in NOTEBOOKS if p.parent.name == "pipelines"]
@@ -106,7 +103,7 @@ def shows_a_value(cell):
 
 @pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p not in PIPELINE], ids=name)
 def test_notebook_shows_its_values(notebook):
-    """Whether they are right is asked by nbs/execute.py, in `make test`."""
+    """Whether they are right is asked in test_notebooks.py."""
     silent = [c["id"] for c in cells(notebook) if shows_a_value(c) and not c["outputs"]]
     assert not silent, f"run `make outputs`, look at the difference, then commit: {silent}"
     failed = [c["id"] for c in cells(notebook) for o in c["outputs"] if o["output_type"] == "error"]
