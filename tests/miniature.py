@@ -61,8 +61,12 @@ class Clone:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("EPT_")}
         return {**kept, "EPT_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
+    def python(self, *command, folder):
+        """What `python command` does in a folder."""
+        return forks.run(*command, cwd=folder, env=self.environment())
+
     def call(self, *command, folder=None, fails=False):
-        done = forks.run(*command, cwd=folder or self.root, env=self.environment())
+        done = self.python(*command, folder=folder or self.root)
         assert bool(done.returncode) == fails, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 

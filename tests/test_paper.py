@@ -8,6 +8,8 @@ ones where ../shared/data has them, else made up in the same columns.
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -97,6 +99,10 @@ class Walk(Clone):
     def environment(self):
         found = super().environment() | self.hub.environment(self.root / "hub-cache")
         return found | {"HF_HUB_OFFLINE": str(int(self.offline))}
+
+    def python(self, *command, folder):
+        """In an interpreter of its own: the hub's client keeps the address that it finds when it is imported."""
+        return subprocess.run([sys.executable, *command], cwd=folder, env=self.environment(), capture_output=True, text=True)
 
     def reproduce(self, *words):
         """What `make reproduce PROFILE=paper` says."""
