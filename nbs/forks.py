@@ -106,8 +106,9 @@ def _become(command, folder, environment):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    if backend := environment.get("MPLBACKEND"):  # as matplotlib asks when it is imported
+    if backend := environment.get("MPLBACKEND"):  # of a notebook; matplotlib and pandas ask for it when they are imported
         sys.modules["matplotlib"].rcParams["backend"] = backend
+        sys.modules["pandas"].options.display.max_columns = 20
     while command[0].startswith("-X"):
         del command[0]
     module = command[0] == "-m"

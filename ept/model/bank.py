@@ -141,7 +141,7 @@ def _length(self: PromptBank, name):
     "Tokens of a prompt."
     return len(self._models[name].prompt.prompt)
 
-
+# %% ../../nbs/model/27a_bank.ipynb #27bnk01a
 @patch
 def _read(self: PromptBank, names, text, attention_mask):
     "Read each row's prompt and text once: logits of the first token, [B, V], and what scores continuations; as `read` of the family."
