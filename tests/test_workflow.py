@@ -429,6 +429,15 @@ def test_a_cut_of_a_lock_is_seen_wherever_it_is_and_none_in_a_whole_one(whole):
     assert not mend_locks(whole.folder) and not cut_off(whole.folder)
 
 
+def test_a_copy_that_another_stage_has_in_the_making_is_left_to_it(whole):
+    keep_locks(whole.folder)
+    making = whole.folder / ".dvc" / "tmp" / "locks" / ".dvc.lock.5960dcb1.ept-new"
+    making.touch()
+    keep_locks(whole.folder)
+    assert making.exists()
+    making.unlink()
+
+
 def test_a_lock_that_was_removed_on_purpose_stays_so(whole):
     (whole.folder / "dvc.lock").unlink()
     keep_locks(whole.folder)  # as the first stage does

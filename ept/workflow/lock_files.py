@@ -74,7 +74,7 @@ def keep_locks(
     root: str | Path,  # folder of a DVC project
 ) -> None:
     "Keep a copy of each lock file that is whole and has changed since the last; none of one that is not there."
-    for copy in (Path(root) / ".dvc" / "tmp" / "locks").glob("*"):
+    for copy in (Path(root) / ".dvc" / "tmp" / "locks").glob("[!.]*"):
         if copy not in [copy_of(root, file) for file in lock_files(root)]:  # it was removed, so that all is made anew
             copy.unlink(missing_ok=True)
     for file in lock_files(root):
