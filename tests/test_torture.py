@@ -8,6 +8,7 @@ import time
 import pytest
 import yaml
 
+import forks
 from tests import aftermath, grids, torture
 from tests.letters import wait_until
 
@@ -142,6 +143,10 @@ def test_a_timed_kill_hits_the_write_of_the_lock(tmp_path, kind):
 def test_every_stage_has_a_kind():
     logs = {"plan": "plan", "search-transfer@spot": "search", "search-like@mpt": "search", "tasks-cola-train-transfer@mpt-0": "train", "tasks-cb-prepare": "prepare"}
     assert {log: grids.kind_of(log) for log in logs} == logs
+
+
+def test_the_command_begins_without_pytest():
+    assert "--kills" in forks.run("-m", "tests.torture", "--help", cwd=torture.ROOT).stdout
 
 
 # ---- the last result ----------------------------------------------------------------------------------------------------
