@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -265,27 +266,49 @@ def test_what_a_stage_has_started_ends_with_it(tmp_path):
 
 PRELOADED = """
 import sys
+from ept.utils.files import temporary_folder
 from ept.workflow.workers import Job, Setup, run_job
 folder = sys.argv[1]
 setup = Setup(folder + "/logs", folder + "/locks", preload=("costly",), path=(folder + "/modules",))
-for name in "ab":
-    job = Job(name, ("python stage.py",), folder)
-    assert not run_job(job, setup).status, setup.log_of(name).read_text()
+with temporary_folder():
+    for name in "ab":
+        job = Job(name, ("python stage.py",), folder)
+        assert not run_job(job, setup).status, setup.log_of(name).read_text()
 open(folder + "/main", "a").write(__name__ + " ")
+"""
+
+LOST = """
+import sys
+from ept.workflow.workers import Job, Setup, run_job
+folder = sys.argv[1]
+outcome = run_job(Job("a", ("true",), folder), Setup(folder + "/logs", folder + "/locks", preload=("costly",), path=(folder + "/modules",)))
+print(outcome.killed, outcome)
 """
 
 
 def test_the_fork_server_imports_the_modules_once_and_the_main_program_never(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "costly.py").write_text(f"import os\nwith open({str(tmp_path / 'imported')!r}, 'a') as f: print(os.getpid(), file=f)\n")
-    (tmp_path / "stage.py").write_text("import os, costly\nwith open('stages', 'a') as f: print(os.getpid(), os.environ['PYTHONPATH'] or 'none', file=f)\n")
+    (tmp_path / "stage.py").write_text("import os, costly, multiprocessing\ncostly.lock = multiprocessing.RLock()\nwith open('stages', 'a') as f: print(os.getpid(), os.environ['PYTHONPATH'] or 'none', file=f)\n")
     (tmp_path / "program.py").write_text(PRELOADED)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], check=True, env=environment, timeout=60)
+    with tempfile.TemporaryDirectory() as place:  # a short name, as the system's own has
+        environment["TMPDIR"] = place
+        done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], env=environment, timeout=60, capture_output=True, text=True)
+        assert not os.listdir(place), "the socket of the fork server is gone"
+    assert (done.returncode, done.stderr) == (0, ""), "a lock, as progress bars have one, is gone with its stage, and nobody warns of it"
     imported, stages = ((tmp_path / name).read_text().split("\n")[:-1] for name in ("imported", "stages"))
     assert len(imported) == 1 and len(stages) == 2, "one import for all stages"
     assert all(line.endswith(" none") for line in stages), "a stage's own commands find the modules that they would find without us"
     assert (tmp_path / "main").read_text() == "__main__ ", "no stage has run the program that started it"
+
+
+def test_a_fork_server_that_ends_is_nothing_that_the_stage_has_done(tmp_path):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "costly.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    (tmp_path / "program.py").write_text(LOST)
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], timeout=60, capture_output=True, text=True)
+    assert done.stdout.startswith("True its process was lost on "), done.stderr
 
 
 def test_a_module_that_cannot_be_imported_beforehand_is_told_in_the_log(tmp_path):

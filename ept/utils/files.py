@@ -18,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import IO
 
@@ -202,7 +203,11 @@ def temporary_folder() -> Iterator[Path]:
                 del os.environ["TMPDIR"]
             else:
                 os.environ["TMPDIR"] = usual[1]
-            _remove(new)
+            if any(new.glob("pymp-*")):  # multiprocessing's, with the socket of a fork server; it removes that when this process ends
+                _hold(new)
+                Finalize(None, _remove, args=(new,), exitpriority=-200)  # after that
+            else:
+                _remove(new)
 
 # %% ../../nbs/utils/00a_files.ipynb #80ef24b9
 def repository_root(

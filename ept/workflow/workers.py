@@ -142,6 +142,7 @@ def _process(job, setup, environment):
         fcntl.flock(held, fcntl.LOCK_EX)  # an earlier attempt may still be on its way out
         os.environ.update(environment)
         _import(setup.preload, setup.path)
+        multiprocessing.set_start_method(None, force=True)  # as in any other program; with the fork server's, a lock has a name that outlives it
         os.chdir(job.folder)
         status = 0
         for command in job.commands:
@@ -220,7 +221,10 @@ def run_job(
         file.parent.mkdir(parents=True, exist_ok=True)
     with _offer(job, setup) as offered:
         began, start = log.stat().st_size if log.exists() else 0, time.monotonic()
-        process = _start(setup, _process, job, setup, {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | offered | job.environment)
+        try:
+            process = _start(setup, _process, job, setup, {"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | offered | job.environment)
+        except (EOFError, ConnectionError):
+            return Outcome(255, time.monotonic() - start, "what it was to be forked from has ended", socket.gethostname())
         try:
             while (asked := wanted()) and not wait([process.sentinel], timeout=0.5):
                 pass

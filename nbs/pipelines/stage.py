@@ -2,7 +2,7 @@
 
 papermill puts the parameters into the notebook; the cells are executed in this process (see engine.py), so that no kernel has to be
 started for each of the grid's stages. The executed notebook is kept in the profile's `runs/notebooks/`, as a report for people.
-`run.py` is the command for it, and `warm.py` does the same in a process that has the big libraries imported.
+`run.py` is the command for it.
 """
 
 import argparse
@@ -10,8 +10,11 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = tuple(sorted(p.stem for p in Path(__file__).parent.glob("*.ipynb")))
@@ -20,6 +23,7 @@ SAID = ("ValueError", "FileNotFoundError", "ConnectionError", "ImportError", "No
 
 def prepare_process():
     "Settings of a process that executes notebooks."
+    tqdm.set_lock(threading.RLock())  # no process shares a bar; its usual lock has a name that outlives a process from Python 3.14 on
     sys.path.insert(0, str(ROOT))  # the modules that DVC watches are the ones that run
     sys.modules.setdefault("rfc3987_syntax", None)  # optional for jsonschema, unused here, and 0.7 s to import
     os.environ.setdefault("MPLBACKEND", "agg")
