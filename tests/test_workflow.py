@@ -289,7 +289,8 @@ print(outcome.killed, outcome)
 def test_the_fork_server_imports_the_modules_once_and_the_main_program_never(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "costly.py").write_text(f"import os\nwith open({str(tmp_path / 'imported')!r}, 'a') as f: print(os.getpid(), file=f)\n")
-    (tmp_path / "stage.py").write_text("import os, costly, multiprocessing\ncostly.lock = multiprocessing.RLock()\nwith open('stages', 'a') as f: print(os.getpid(), os.environ['PYTHONPATH'] or 'none', file=f)\n")
+    told = "with open('stages', 'a') as f: print(os.getpid(), os.environ['PYTHONPATH'] or 'none', file=f)\n"
+    (tmp_path / "stage.py").write_text("import os, costly, multiprocessing\ncostly.lock = multiprocessing.RLock()\n" + told)
     (tmp_path / "program.py").write_text(PRELOADED)
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as place:  # a short name, as the system's own has
