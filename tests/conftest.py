@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WIDTH, VOCABULARY = 32, 320
 
+torch.set_num_threads(1)  # the models are tiny, and the tests have a process for each core: more threads would wait for each other
 gc.freeze()  # the Trainer collects garbage at each start; half a second each time, if it has to go over all imported modules
 
 
