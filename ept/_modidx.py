@@ -450,6 +450,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ept.model.backbone.Backbone.family': ('model/backbone.html#backbone.family', 'ept/model/backbone.py'),
                                     'ept.model.backbone.Backbone.style': ('model/backbone.html#backbone.style', 'ept/model/backbone.py'),
                                     'ept.model.backbone.BackboneSource': ('model/backbone.html#backbonesource', 'ept/model/backbone.py'),
+                                    'ept.model.backbone._ask_hub': ('model/backbone.html#_ask_hub', 'ept/model/backbone.py'),
                                     'ept.model.backbone._commit': ('model/backbone.html#_commit', 'ept/model/backbone.py'),
                                     'ept.model.backbone._from_gguf': ('model/backbone.html#_from_gguf', 'ept/model/backbone.py'),
                                     'ept.model.backbone._from_hub': ('model/backbone.html#_from_hub', 'ept/model/backbone.py'),

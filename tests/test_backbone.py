@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -290,3 +291,14 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 def test_a_misspelled_backbone_is_answered_with_the_nearest():
     with pytest.raises(FileNotFoundError, match="did you mean 'smollm2'?"):
         load_backbone("smolm2")
+
+
+@pytest.mark.parametrize("name, near", [("smolm2", "smollm2"), ("t5-bsae", "t5-base"), ("google-t5/t5-bsae", "google-t5/t5-base")])
+def test_without_a_network_a_misspelled_backbone_is_answered_at_once(name, near, tmp_path, monkeypatch):
+    for constant, value in {"HF_HUB_OFFLINE": False, "ENDPOINT": "http://127.0.0.1:9", "HF_HUB_CACHE": str(tmp_path)}.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
+    monkeypatch.setattr("ept.model.backbone.AutoConfig", None)  # it would ask five times, with pauses
+    started = time.perf_counter()
+    with pytest.raises(FileNotFoundError, match=f"the hub did not deliver it \\(ConnectError.*did you mean '{near}'?"):
+        load_backbone(name)
+    assert time.perf_counter() - started < 5

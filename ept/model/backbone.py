@@ -170,6 +170,7 @@ def _from_gguf(source, folder):
 def _from_hub(source, folder):
     "Download a hub model at one commit into a folder; return the commit."
     with _reachable(source.hub):
+        _ask_hub(source.hub, source.revision)
         revision = source.revision or HfApi().model_info(source.hub).sha
         safe = {"revision": revision, "trust_remote_code": False}
         auto = AutoModelForSeq2SeqLM if AutoConfig.from_pretrained(source.hub, **safe).is_encoder_decoder else AutoModelForCausalLM
@@ -204,13 +205,20 @@ def _unreachable(name, error):
     reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     if (Path(name) / "config.json").is_file():
         return ValueError(f"the backbone in {name} is damaged ({reason}); bring the folder anew, as save_pretrained writes it, or remove it and run make reproduce")
-    near = difflib.get_close_matches(str(name), ["embedded", *SOURCES], n=1, cutoff=0.7)
+    known = ["embedded", *SOURCES, *(source.hub for source in SOURCES.values() if source.hub)]
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.7)
     guess = f" did you mean {near[0]!r}?" if near else ""
     return FileNotFoundError(
         f"backbone {name!r} is neither a readable folder nor in the hub's cache, and the hub did not deliver it ({reason});{guess}"
         " check the name and the network, set HF_HOME to a filled cache, or pass a local folder; in a profile that is backbone: {name: ..., folder: ...}"
         f" (known names: {', '.join(SOURCES)})"
     )
+
+# %% ../../nbs/model/20_backbone.ipynb #20ask002
+def _ask_hub(location, revision):
+    "Raise at once for a model that is neither a folder, nor in the cache, nor on the hub."
+    if not Path(location).is_dir() and not isinstance(try_to_load_from_cache(location, "config.json", revision=revision), str):
+        HfApi().model_info(location, revision=revision, timeout=10)
 
 # %% ../../nbs/model/20_backbone.ipynb #20rec001
 def _read_record(file):
@@ -297,6 +305,7 @@ def load_backbone(
     location, label, revision = _locate(str(name), revision)
     safe = {"revision": revision, "trust_remote_code": False}
     with _reachable(name):
+        _ask_hub(location, revision)
         config = AutoConfig.from_pretrained(location, **safe)
         tokenizer = AutoTokenizer.from_pretrained(location, **safe)
     auto, device = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, resolve_device(device)
