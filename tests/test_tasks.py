@@ -6,7 +6,7 @@ import string
 
 import pytest
 
-from ept.data.tasks import METRICS, STYLES, TASKS, VERBALIZERS, Task, get_task, mark_spans
+from ept.data.tasks import LISTED, METRICS, STYLES, TASKS, VERBALIZERS, Task, get_task, mark_spans
 
 # fields in the order of the text, labels by number, metrics with the score first, published training examples, halved
 TABLE = {
@@ -119,11 +119,11 @@ def make(**changes):
         (dict(fields="a"), "it must be a list of names"),
         (dict(labels=["no"]), "at least two different ones"),
         (dict(labels=["no", "no"]), "at least two different ones"),
-        (dict(labels=["no", "not sure"]), "'no' is the beginning of 'not sure'"),
-        (dict(metrics=[]), "no metric is given"),
+        (dict(labels=[["no", "not sure"], "yes"]), "labels holds ['no', 'not sure'], a list; each of them must be one text or number"),
         (dict(metrics=["acuracy"]), "unknown metric 'acuracy'; did you mean 'accuracy'?"),
-        (dict(metrics=["pearson"]), "regression=False do not go together"),
-        (dict(metrics=["accuracy"], regression=True, labels=["0", "1"]), "regression=True do not go together"),
+        (dict(metrics=["pearson"]), "metric 'pearson' does not judge classification; take accuracy, f1"),
+        (dict(metrics=["accuracy"], regression=True, labels=["0", "1"]), "metric 'accuracy' does not judge regression; take pearson, spearman, mae, rmse"),
+        (dict(metrics=["rmse", "pearson"], regression=True, labels=["0", "1"]), "the first metric is 'rmse', of which less is better"),
         (dict(metrics=["pearson"], regression=True), "regression needs numbers as labels"),
         (dict(metrics=["pearson"], regression=True, labels=["2", "1"]), "must rise"),
         (dict(metrics=["exact_match"]), "group=..."),
@@ -134,7 +134,7 @@ def make(**changes):
         (dict(question="{a} {b}"), "must end in an answer cue"),
         (dict(question="{a} {b} Answer: "), "without a space"),
         (dict(words=["x"]), "1 words for 2 labels"),
-        (dict(answers=["good", "goods"]), "'good' is the beginning of 'goods'"),
+        (dict(answers=["good", "good"]), "answers has 'good' for two labels"),
         (dict(uncut=["c"]), "unknown field 'c'"),
     ],
 )
@@ -142,6 +142,18 @@ def test_a_task_that_cannot_work_is_refused(changes, message):
     with pytest.raises(ValueError) as error:
         make(**changes)
     assert message in str(error.value)
+
+
+def test_a_task_without_metrics_gets_those_of_its_kind():
+    assert make().metrics == make(metrics=[]).metrics == ("accuracy",)
+    assert make(labels=["0", "1"], regression=True).metrics == ("pearson", "spearman", "mae", "rmse")
+
+
+@pytest.mark.parametrize("number, listed", [(LISTED, True), (LISTED + 1, False), (150, False)])
+def test_a_default_question_lists_as_many_labels_as_one_can_take_in(number, listed):
+    task = make(labels=[f"intent {i}" for i in range(number)])
+    assert ("intent 7" in task.question) == listed and task.question.startswith("A: {a}\nB: {b}\n") and task.cue.endswith("?\nAnswer:")
+    assert len(task.question) < 300
 
 
 def test_defaults_of_a_users_task():

@@ -57,6 +57,11 @@ class Encoder:
         return out
 
 # %% ../../nbs/data/03a_encoding.ipynb #db3f67a1
+def _begins(one, other):
+    "Whether the tokens `other` begin with the tokens `one`."
+    return other[: len(one)] == one
+
+
 @patch
 def _candidates(self: Encoder):
     "Token ids of each label text as the model would produce them."
@@ -71,6 +76,8 @@ def _candidates(self: Encoder):
             raise ValueError(f"the tokenizer merges the answer cue {cue!r} with a label of {list(self.label_texts)}; "
                              "end the question of the task in another cue, such as 'Answer:'")
         found = [ids[len(start) :] for ids in both]
+        if any(_begins(one, other) for one in found for other in found if one != other):
+            found = [[*ids, self.tokenizer.eos_token_id] for ids in found]
     self._check_candidates(found)
     return found
 
@@ -80,7 +87,7 @@ def _check_candidates(self: Encoder, found):
     "Refuse candidates that are equal, or of which one is the beginning of another."
     for i, one in enumerate(found):
         for j, other in enumerate(found):
-            if i != j and other[: len(one)] == one:
+            if i != j and _begins(one, other):
                 raise ValueError(f"task {self.task.name!r}: the label texts {self.label_texts[i]!r} and {self.label_texts[j]!r} are "
                                  f"the tokens {one} and {other}, which cannot be ranked; choose other words or verbalizer='digits'")
 

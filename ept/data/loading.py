@@ -6,6 +6,7 @@
 __all__ = ['subsample', 'skip', 'few_shot', 'TaskData', 'load_task']
 
 # %% ../../nbs/data/03_loading.ipynb #bcfdd9c1
+import dataclasses
 import datetime
 import io
 import json
@@ -14,8 +15,10 @@ import numbers
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Hashable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -27,7 +30,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import snapshot_download
 
 from .parts import PARTS, part_of, shared_text, sharing
-from .tasks import SPLIT_SEED, SPLITS, Task, get_task
+from .tasks import SPLIT_SEED, SPLITS, TableFormat, Task, get_task
 from ..utils.checking import check_count, unknown
 from ..utils.files import repository_root
 from ..utils.reading import read_text
@@ -35,11 +38,6 @@ from ..utils.reading import read_text
 _log = logging.getLogger(__name__)
 
 # %% ../../nbs/data/03_loading.ipynb #5a15860e
-def _label_column(task):
-    "The column of a given table that holds the labels."
-    return task.data.label if task.data else "label"
-
-
 def _check_columns(task, frame, where):
     "Refuse a table without rows or without a column."
     names = list(frame.columns)
@@ -98,12 +96,12 @@ def _label(task, value):
     return int(text) if int(text) < len(task.labels) else None
 
 # %% ../../nbs/data/03_loading.ipynb #79df19c0
-def _labels(task, values, where):
+def _labels(task, values, where, column="label"):
     "The label column as numbers; a label out of range is refused."
     values, known = list(values), {}
     for row, value in enumerate(values):
         if not isinstance(value, Hashable) or isinstance(value, (tuple, frozenset)):
-            raise ValueError(f"{where}: row {row}, column {_label_column(task)!r}: {value!r:.80} is a {type(value).__name__}, and a row has one label; give one text or number")
+            raise ValueError(f"{where}: row {row}, column {column!r}: {value!r:.80} is a {type(value).__name__}, and a row has one label; give one text or number")
         key = type(value), value  # to Python, True and 1 are the same
         if key not in known:
             known[key] = _label(task, value)
@@ -111,7 +109,7 @@ def _labels(task, values, where):
             allowed = (f"a number from {task.labels[0]} to {task.labels[-1]}" if task.regression else
                        f"one of {list(task.labels)} or their numbers from 0 to {len(task.labels) - 1}")
             hidden = "; -1 marks the hidden labels of a benchmark's test split, which cannot be used" if str(value) == "-1" else ""
-            raise ValueError(f"{where}: row {row}, column {_label_column(task)!r}: {value!r} is no label of task {task.name!r}; "
+            raise ValueError(f"{where}: row {row}, column {column!r}: {value!r} is no label of task {task.name!r}; "
                              f"it must be {allowed}{hidden}")
     return np.array([known[type(value), value] for value in values], dtype=np.float32 if task.regression else np.int64)
 
@@ -126,47 +124,55 @@ def _groups(task, frame, where):
     return list(map(str, values))
 
 
-def _checked(task, frame, where):
-    "A frame of the task's columns alone, checked: texts, label numbers, group."
+def _checked(task, frame, where, column="label"):
+    "A frame of the task's columns alone, checked: texts, label numbers, group; `column` is what the labels' was called."
     _check_columns(task, frame, where)
     columns = {field: _texts(task, frame, field, where) for field in task.fields}
-    columns["label"] = _labels(task, frame["label"], where)
+    columns["label"] = _labels(task, frame["label"], where, column)
     if task.group:
         columns[task.group] = _groups(task, frame, where)
     return pd.DataFrame(columns)
 
 # %% ../../nbs/data/03_loading.ipynb #b0060bfd
-def _by_name(task, frame, features):
+def _by_name(task, frame, features, column="label"):
     "The frame with label names in place of numbers, where the file lists the task's labels in another order."
-    column = _label_column(task)
     label = (features or {}).get(column)
     if not isinstance(label, ClassLabel) or set(label.names) != set(task.labels) or tuple(label.names) == task.labels:
         return frame
     return frame.assign(**{column: [label.names[v] if 0 <= v < len(label.names) else v for v in frame[column]]})
 
+# %% ../../nbs/data/03_loading.ipynb #03dec001
+def _decoded(path, encoding):
+    "The text of a file in an encoding, UTF-8 for None."
+    try:
+        return read_text(path, encoding or "utf-8-sig")
+    except ValueError as error:
+        hint = "" if encoding else "; or name the encoding that it is in: load_task(..., encoding='cp1252')"
+        raise ValueError(f"{error}{hint}") from error
+
 # %% ../../nbs/data/03_loading.ipynb #5430daa9
-def _read_parquet(task, path):
+def _read_parquet(task, path, column="label"):
     "A parquet file as a frame."
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet ({str(error).splitlines()[0]}); get the file anew") from error
     features = Features.from_arrow_schema(table.schema) if b"huggingface" in (table.schema.metadata or {}) else None
-    return _by_name(task, table.to_pandas(), features)
+    return _by_name(task, table.to_pandas(), features, column)
 
 
-def _read_json(path, lines):
+def _read_json(path, lines, encoding):
     "The records of a JSON file: a list of them, or one a line."
-    text = read_text(path)
+    text = _decoded(path, encoding)
     records = [json.loads(line) for line in text.split("\n") if line.strip()] if lines else json.loads(text)  # a text may hold other ends of line
     if isinstance(records, list) and not all(isinstance(record, dict) for record in records):
         raise ValueError("a record is no mapping of columns to values")
     return pd.DataFrame(records, dtype=object)
 
 # %% ../../nbs/data/03_loading.ipynb #03csv001
-def _read_csv(path, separator):
+def _read_csv(path, separator, encoding):
     "The cells of a CSV file as texts; a row of more cells than there are columns is refused."
-    text = read_text(path)
+    text = _decoded(path, encoding)
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning)
         try:
@@ -178,21 +184,56 @@ def _read_csv(path, separator):
         frame.columns = header.iloc[0].tolist()  # as they stand there, also where two are the same
     return frame
 
+# %% ../../nbs/data/03_loading.ipynb #03xls002
+def _read_excel(path, sheet):
+    "A sheet of an Excel file as a frame; its first row names the columns."
+    try:
+        book = pd.ExcelFile(path, engine="openpyxl")
+    except ImportError as error:
+        raise ImportError(f"{path}: Excel files are read with openpyxl, which is not installed; run: pip install 'ept-prompt-tuning[excel]'") from error
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{error}; save it as an Excel workbook (.xlsx), or as CSV") from error
+    with book:
+        names = book.sheet_names
+        if sheet is not None and sheet not in names:
+            raise unknown("sheet", sheet, names)
+        if sheet is None and len(names) > 1:
+            warnings.warn(f"{path} has the sheets {', '.join(map(repr, names))}, and the first one is read; name another one: sheet={names[1]!r}", stacklevel=2)
+        frame = pd.read_excel(book, sheet_name=sheet or names[0], header=None, dtype=object, keep_default_na=False, na_values=[""]).dropna(how="all")
+    if not len(frame):
+        raise ValueError(f"sheet {sheet or names[0]!r} is empty")
+    return frame[1:].set_axis([str(name) for name in frame.iloc[0]], axis=1).reset_index(drop=True)
+
 # %% ../../nbs/data/03_loading.ipynb #03csv002
-def _read_file(task, path):
-    "A CSV, TSV, JSONL, JSON or parquet file as a frame."
+_FORMAT_OF = {  # kind of file -> what of a `TableFormat` it takes, beside the label
+    ".csv": ("sep", "encoding"), ".tsv": ("sep", "encoding"), ".jsonl": ("encoding",), ".json": ("encoding",), ".parquet": (), ".xlsx": ("sheet",),
+}
+
+
+def _check_format(where, form, taken):
+    "Refuse what says how a file is read, where the table has no use for it."
+    for name in ("label", "sep", "encoding", "sheet"):
+        if getattr(form, name) != getattr(TableFormat, name) and name not in taken:
+            raise ValueError(f"{where}: {name} is {getattr(form, name)!r}, which says nothing of such a table; leave it out")
+
+
+def _read_file(task, path, form=TableFormat()):
+    "A CSV, TSV, JSONL, JSON, parquet or Excel file as a frame."
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     kind = path.suffix.lower()
+    if kind not in _FORMAT_OF:
+        raise ValueError(f"{path}: files of the kind {kind!r} are not read; known kinds: {', '.join(_FORMAT_OF)}")
+    _check_format(path, form, ("label", *_FORMAT_OF[kind]))
     if kind == ".parquet":
-        return _read_parquet(task, path)
-    if kind not in (".csv", ".tsv", ".jsonl", ".json"):
-        raise ValueError(f"{path}: files of the kind {kind!r} are not read; known kinds: .csv, .tsv, .jsonl, .json, .parquet")
+        return _read_parquet(task, path, form.label)
     try:
+        if kind == ".xlsx":
+            return _read_excel(path, form.sheet)
         if kind in (".csv", ".tsv"):
-            return _read_csv(path, "\t" if kind == ".tsv" else ",")
-        return _read_json(path, kind == ".jsonl")
+            return _read_csv(path, form.sep or ("\t" if kind == ".tsv" else ","), form.encoding)
+        return _read_json(path, kind == ".jsonl", form.encoding)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as {kind[1:]}: {str(error).strip().removeprefix(f'{path} ')}") from error
 
@@ -202,31 +243,41 @@ def _units(task, rows):
     return pd.factorize(np.asarray(rows[task.group]))[0] if task.group else np.arange(len(rows))
 
 
-def _split_off(task, frame, rows):
+def _first_of_each(strata, order, number):
+    "The first `number` units of an order, with the share of each stratum that it has of all; `strata` is that of each unit."
+    strata = pd.factorize(strata[order])[0]  # numbered as they first come, so that chance decides between equal remainders
+    share = np.bincount(strata) * number / len(order)
+    taken = np.floor(share + 1e-9).astype(int)
+    taken[np.argsort(taken - share, kind="stable")[: number - taken.sum()]] += 1
+    place = pd.Series(strata).groupby(strata).cumcount().to_numpy()  # of each unit among those of its stratum
+    return order[place < taken[strata]]
+
+
+def _split_off(task, frame, rows, stratified=False):
     "About `rows` rows drawn at random, and the rest; whole groups, original order."
     units = _units(task, frame)
     number = len(np.unique(units)) * rows // max(1, len(frame))
     order = np.random.RandomState(task.data.seed if task.data else SPLIT_SEED).permutation(len(np.unique(units)))
-    drawn = np.isin(units, order[:number])
+    strata = pd.Series(frame["label"].to_numpy()).groupby(units).agg(lambda labels: labels.mode()[0]).to_numpy() if stratified else np.zeros(len(order))
+    drawn = np.isin(units, _first_of_each(strata, order, number))
     return frame[drawn].reset_index(drop=True), frame[~drawn].reset_index(drop=True)
 
 # %% ../../nbs/data/03_loading.ipynb #0d86010e
-def _complete(task, frames, small):
+def _complete(task, frames, small, stratified=False):
     "Training, validation and test frames from those that are given."
-    frames = dict(frames)
-    train = frames["train"]
+    frames, train, given = dict(frames), frames["train"], frames.get("validation")
     tenth = max(1, len(train) // 10)
+    split_off = partial(_split_off, task, stratified=stratified)
     if "validation" not in frames and "test" not in frames:
-        frames["test"], train = _split_off(task, train, tenth)
-        frames["validation"], train = _split_off(task, train, tenth)
+        frames["test"], train = split_off(train, tenth)
+        frames["validation"], train = split_off(train, tenth)
     elif "validation" not in frames:
-        frames["validation"], train = _split_off(task, train, min(1000, tenth))
+        frames["validation"], train = split_off(train, min(1000, tenth))
     elif "test" not in frames and small:
-        given = frames["validation"]
-        frames["validation"], frames["test"] = _split_off(task, given, len(given) // 2)
+        frames["validation"], frames["test"] = split_off(given, len(given) // 2)
     elif "test" not in frames:
-        frames["test"] = frames["validation"]
-        frames["validation"], train = _split_off(task, train, min(1000, tenth))
+        frames["test"] = given
+        frames["validation"], train = split_off(train, min(1000, tenth))
     return {"train": train, "validation": frames["validation"], "test": frames["test"]}
 
 # %% ../../nbs/data/03_loading.ipynb #edcec6de
@@ -308,27 +359,36 @@ def _from_hub_snapshot(task, revision):
     return _public(task, lambda split: _read_split(task, folder / task.hub.config, split)), folder.name
 
 # %% ../../nbs/data/03_loading.ipynb #b7a3a7d0
-def _to_frame(task, table, split):
+def _to_frame(task, table, split, form):
     "A table given by the user, checked."
     where = f"the table given for split {split!r}"
     if isinstance(table, (str, Path)):
-        where, table = str(table), _read_file(task, table)
-    elif isinstance(table, Dataset):
-        table = _by_name(task, table.with_format(None).to_pandas(), table.features)
-    elif not isinstance(table, pd.DataFrame):
-        try:
-            table = pd.DataFrame(table, dtype=object)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{where} is a {type(table).__name__}; give a pandas frame, a file or a datasets.Dataset") from error
-    column = _label_column(task)
-    if list(table.columns).count(column) > 1:
-        raise ValueError(f"{where}: {list(table.columns).count(column)} columns are called {column!r}, which holds the labels; keep one of them")
-    if column not in table.columns:
-        raise ValueError(f"{where}: column {column!r} is missing, which holds the labels; the columns are {list(table.columns)}")
-    return _checked(task, table.assign(label=table[column]).reset_index(drop=True), where)
+        where, table = str(table), _read_file(task, table, form)
+    else:
+        _check_format(where, form, ("label",))
+        if isinstance(table, Dataset):
+            table = _by_name(task, table.with_format(None).to_pandas(), table.features, form.label)
+        elif not isinstance(table, pd.DataFrame):
+            try:
+                table = pd.DataFrame(table, dtype=object)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{where} is a {type(table).__name__}; give a pandas frame, a file or a datasets.Dataset") from error
+    _check_labels_column(table, form, where)
+    return _checked(task, table.assign(label=table[form.label]).reset_index(drop=True), where, form.label)
 
 
-def _from_tables(task, source):
+def _check_labels_column(table, form, where):
+    "Refuse a table in which the labels cannot be found."
+    names, column = list(table.columns), form.label
+    if names.count(column) > 1:
+        raise ValueError(f"{where}: {names.count(column)} columns are called {column!r}, which holds the labels; keep one of them")
+    if column not in names:
+        other = next((sep for sep in ";\t|," if len(names) == 1 and sep in str(names[0])), None)
+        mend = f"the cells seem to be separated by {other!r}: load_task(..., sep={other!r})" if other else "name another one: load_task(..., label=...)"
+        raise ValueError(f"{where}: column {column!r} is missing, which holds the labels; the columns are {names}; {mend}")
+
+# %% ../../nbs/data/03_loading.ipynb #03tab001
+def _from_tables(task, source, form):
     "The splits that a user gives: one table, tables by split, or a folder of them."
     if isinstance(source, (str, Path)) and Path(source).is_dir():
         files = [f for f in sorted(Path(source).iterdir()) if f.stem in SPLITS and f.suffix != ".dvc"]
@@ -342,7 +402,41 @@ def _from_tables(task, source):
             raise unknown("split", split, SPLITS)
     if "train" not in source:
         raise ValueError(f"no training table is given, only {list(source)}")
-    return {split: _to_frame(task, table, split) for split, table in source.items()}
+    return {split: _to_frame(task, table, split, form) for split, table in source.items()}
+
+# %% ../../nbs/data/03_loading.ipynb #03odd002
+_MORE = "give more rows of it, or splits of your own: load_task(task, {'train': ..., 'validation': ..., 'test': ...})"
+
+
+def _some(names):
+    "A few names, and how many more there are."
+    return ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _label_oddities(task, frames):
+    "A sentence for each split that lacks a label, or one for all where there is only one."
+    kinds = {split: set(frame["label"]) for split, frame in frames.items()}
+    if len(kinds["train"]) == 1:
+        (only,) = kinds["train"]
+        label = only if task.regression else task.labels[only]
+        return [f"all {len(frames['train'])} training rows have the label {label!r}, so that there is nothing to learn; give rows with other labels"]
+    if task.regression:
+        return []
+    absent = {split: [label for number, label in enumerate(task.labels) if number not in found] for split, found in kinds.items()}
+    says = {"train": "which is therefore not learned; give rows of it, or leave it out of the task's labels"}
+    return [f"no {'training' if split == 'train' else split} row has the label {_some(names)}, {says.get(split, f'which is therefore not judged there; {_MORE}')}" for split, names in absent.items() if names]
+
+
+def _copies(task, frames):
+    "A sentence for each split whose texts stand in an earlier one too."
+    texts = {split: list(zip(*(frame[field].str.strip() for field in task.fields))) for split, frame in frames.items()}
+    found = []
+    for split, others in (("validation", ["train"]), ("test", ["train", "validation"])):
+        known = {text for other in others for text in texts[other]}
+        if again := [text for text in texts[split] if text in known]:
+            found.append(f"{len(again)} of {len(texts[split])} {split} rows have a text that stands in {' or '.join(others)} too, such as {' / '.join(again[0])!r:.60}, so that "
+                         f"the scores are too good; leave out such rows, as frame.drop_duplicates({list(task.fields)}) does of one table")
+    return found
 
 # %% ../../nbs/data/03_loading.ipynb #41bb9f17
 def _part(task, frames, part):
@@ -452,15 +546,16 @@ def _and_the_ways(task):
         raise kind(f"{error}. {_ways(task)}") from error
 
 # %% ../../nbs/data/03_loading.ipynb #03way003
-def _load_frames(task, source, folder, revision):
+def _load_frames(task, source, folder, revision, form):
     "The given splits, whether the task is small, the name of the source and its commit."
     if source is None:
         source = task.data.files if task.data else "embedded"
     if not isinstance(source, str) or source not in ("embedded", "local", "hub"):
         if isinstance(source, str) and not Path(source).suffix and "/" not in source and not os.path.exists(source):
             raise unknown("source", source, ("embedded", "local", "hub"))
-        frames = _from_tables(task, source)
+        frames = _from_tables(task, source, form)
         return frames, len(frames["train"]) < 10_000, "tables", None
+    _check_format(f"source {source!r}", form, ())
     with _and_the_ways(task):
         return _from_benchmark(task, source, folder, revision)
 
@@ -488,6 +583,13 @@ def _fewer(task, data, change, sizes):
         if size is not None and split in data:
             data[split] = change(task, data[split], size)
 
+# %% ../../nbs/data/03_loading.ipynb #03for001
+def _format(task, **given):
+    "How a user's tables are read: what `load_task` is told, else what the task says."
+    known = task.data or TableFormat()
+    own = {f.name: getattr(known, f.name) for f in dataclasses.fields(TableFormat)}
+    return TableFormat(**own | {name: value for name, value in given.items() if value is not None})
+
 # %% ../../nbs/data/03_loading.ipynb #78bbb8af
 def load_task(
     task: str | Task,  # a task or its name
@@ -499,14 +601,21 @@ def load_task(
     revision: str | None = None,  # for "hub": the commit; None is the task's own, or the newest where it has none
     part: str | None = None,  # training rows of "prompts", or of "backbone", which come without validation and test; None is all
     skip: Mapping[str, int] | None = None,  # by split: leave out what a `subsample` of that size takes, before anything is drawn
+    label: str | None = None,  # of a table: column that holds the labels; None is the one that the task names, else "label"
+    sep: str | None = None,  # of a CSV file: character between its cells; None is a comma
+    encoding: str | None = None,  # of a CSV, TSV, JSON or JSONL file, such as "cp1252"; None is UTF-8
+    sheet: str | None = None,  # of an Excel file; None is the first one
 ) -> TaskData:  # train, validation and test; columns: the text fields, label, and the group column if there is one
     "The checked training, validation and test set of a task."
     task = get_task(task)
-    frames, small, name, commit = _load_frames(task, source, folder, revision)
+    frames, small, name, commit = _load_frames(task, source, folder, revision, _format(task, label=label, sep=sep, encoding=encoding, sheet=sheet))
+    own = name == "tables" and task.hub is None
     frames, parted = (frames, None) if part is None else _part(task, frames, part)
-    frames = frames if part == "backbone" else _complete(task, frames, small)
+    frames = frames if part == "backbone" else _complete(task, frames, small, stratified=own and not task.regression)
     for split, frame in frames.items():
         _check_columns(task, frame, f"task {task.name!r}, split {split!r}")
+    for sentence in _label_oddities(task, frames) + _copies(task, frames) if own and part != "backbone" else ():
+        warnings.warn(f"task {task.name!r}: {sentence}", stacklevel=2)
     data = TaskData({split: _to_dataset(task, frame) for split, frame in frames.items()})
     data.source, data.revision, data.part = name, commit, parted
     _fewer(task, data, _skip, skip or {})

@@ -18,9 +18,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from ..data.resampling import DRAWS, RESAMPLED, interval, resample, weighted_scores
 from ..data.tasks import Task
 from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Search, load_profile, profile_files
-from .statistics import DRAWS, RESAMPLED, Difference, gaps, holm, interval, ranks, resample, seed_weights, weighted_scores, wilcoxon
+from .statistics import Difference, gaps, holm, ranks, seed_weights, wilcoxon
 from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
 from ..training.inside import modules_moved

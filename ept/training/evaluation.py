@@ -6,35 +6,96 @@
 __all__ = ['Evaluation', 'evaluate']
 
 # %% ../../nbs/training/45_evaluation.ipynb #3a92ed70
+import html
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from datasets import DatasetDict
+from fastcore.basics import patch
+from sklearn.metrics import confusion_matrix
 
 from ..data.encoding import Encoder
 from ..data.loading import load_task
-from ..data.metrics import score_task
-from ..data.tasks import Task, get_task
+from ..data.metrics import majority_score, score_task
+from ..data.resampling import RESAMPLED, resample
+from ..data.resampling import interval as middle_of
+from ..data.tasks import ERRORS, Task, get_task
 from ..model.backbone import Backbone
 from ..model.modeling import EPTModel
 from .ranking import predict, rank_labels
 from ..utils.reading import read_json
 
 # %% ../../nbs/training/45_evaluation.ipynb #e14a58e3
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     "What a prompt scored on a split."
 
     task: str
     split: str
-    metrics: dict  # by name, percent, and "n", the number of examples
+    metrics: dict  # by name, percent (errors in the unit of the labels), and "n", the number of examples
     score: float  # the task's own metric, percent
     predictions: list  # label numbers, or numbers for a regression task
     labels: list
+    names: tuple[str, ...] = ()  # of the labels, by number; empty where they are numbers themselves
+    majority: float | None = None  # score of the constant answer that the training rows suggest, percent; None where none are given
+    groups: list | None = None  # what ties rows together, of each example
 
-    def _repr_markdown_(self):
-        values = ", ".join(f"{name} {value:.1f}" for name, value in self.metrics.items() if name != "n")
-        return f"**{self.task}** ({self.split}, n = {self.metrics['n']}): {values}"
+    @cached_property
+    def interval(self) -> tuple[float, float]:  # percent; NaN where there is none
+        "The 95 % interval of the score, from test examples drawn again."
+        metric, said, true, groups = next(iter(self.metrics)), self.predictions, self.labels, self.groups
+        if metric == "exact_match":  # a group is right or wrong as a whole
+            right = pd.Series(np.equal(said, true)).groupby(groups).all().to_numpy()
+            metric, said, true, groups = "accuracy", right, np.ones(len(right)), None
+        if metric not in RESAMPLED:
+            return math.nan, math.nan
+        return middle_of(metric, resample(metric, [said], true, groups)[0], len(true if groups is None else set(groups)))
+
+    @cached_property
+    def confusion(self) -> pd.DataFrame:  # a row for each label, a column for each answer; empty where there are none to count
+        "How often which label got which answer."
+        numbers = range(len(self.names))
+        counts = confusion_matrix(self.labels, self.predictions, labels=numbers) if self.names else []
+        return pd.DataFrame(counts, pd.Index(self.names, name="label"), pd.Index(self.names, name="answer"))
+
+# %% ../../nbs/training/45_evaluation.ipynb #45sho003
+_SHOWN = 12  # most labels of a confusion table, and most mistakes of a list
+
+
+@patch
+def _summary(self: Evaluation):
+    "The metrics in a line, the score with its interval and what a constant answer scores."
+    stated = [f"{name} {value:.3g}" if name in ERRORS else f"{name} {value:.1f}" for name, value in self.metrics.items() if name not in ("n", "n_groups")]
+    if not math.isnan(self.interval[0]):
+        stated[0] += f" (95 % interval {self.interval[0]:.1f} to {self.interval[1]:.1f})"
+    if self.majority is not None:
+        stated.insert(1, f"a constant answer {self.majority:.1f}")
+    return f"({self.split}, n = {self.metrics['n']}): {', '.join(stated)}"
+
+
+@patch
+def _answers(self: Evaluation):
+    "The confusion table, or the commonest mistakes where it would be large."
+    if len(self.names) <= _SHOWN:
+        return self.confusion
+    mistakes = pd.DataFrame({"label": self.labels, "answer": self.predictions}).query("label != answer").value_counts().head(_SHOWN)
+    return mistakes.rename("rows").rename(index=dict(enumerate(self.names))).reset_index()
+
+
+@patch
+def __repr__(self: Evaluation):
+    table = self._answers()
+    return f"{self.task} {self._summary()}" + ("\n" + table.to_string() if len(table) else "")
+
+
+@patch
+def _repr_html_(self: Evaluation):
+    table = self._answers()
+    return f"<p><b>{html.escape(self.task)}</b> {self._summary()}</p>" + (table.to_html() if len(table) else "")
 
 # %% ../../nbs/training/45_evaluation.ipynb #087e1530
 def evaluate(
@@ -57,9 +118,11 @@ def evaluate(
         settings = read_json(record, "train the prompt again, or take a whole copy of its folder") if record.exists() else {}
     max_length = max_length or settings.get("max_length") or model.prompt_config.max_length
     verbalizer = verbalizer or settings.get("training", {}).get("verbalizer", "words")
-    rows = (load_task(task) if data is None else data)[split]
+    data = load_task(task) if data is None else data
+    rows = data[split]
     encoder = Encoder(task, backbone.tokenizer, backbone.style, max_length, verbalizer)
     scores = rank_labels(model, encoder.encode(rows), encoder.candidates, backbone.tokenizer.pad_token_id, progress=progress)
-    predictions, labels = predict(task, scores), list(rows["label"])
-    metrics = score_task(task, predictions, labels, rows[task.group] if task.group else None)
-    return Evaluation(task.name, split, metrics, metrics[task.metrics[0]], predictions, labels)
+    predictions, labels, groups = predict(task, scores), list(rows["label"]), list(rows[task.group]) if task.group else None
+    metrics = score_task(task, predictions, labels, groups)
+    majority = majority_score(task, data["train"]["label"], labels, groups) if "train" in data else None
+    return Evaluation(task.name, split, metrics, metrics[task.score], predictions, labels, () if task.regression else task.labels, majority, groups)

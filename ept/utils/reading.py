@@ -18,13 +18,15 @@ import yaml
 # %% ../../nbs/utils/00b_reading.ipynb #0b0read5
 def read_text(
     file: str | Path,
+    encoding: str = "utf-8-sig",  # UTF-8; some editors begin a file with a mark
 ) -> str:
-    "The text of a file in UTF-8; `ValueError` naming the file where it is something else."
+    "The text of a file; `ValueError` naming the file where it is in another encoding."
     try:
-        return Path(file).read_bytes().decode("utf-8-sig")  # some editors begin a file with a mark
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} is {error.object[error.start]:#04x}"
-        raise ValueError(f"{file} is no text in UTF-8 ({found}); save it as UTF-8, or bring it anew if it was that before") from error
+        return Path(file).read_bytes().decode(encoding)
+    except UnicodeError as error:
+        found = f"byte {error.start} is {error.object[error.start]:#04x}" if isinstance(error, UnicodeDecodeError) else str(error)
+        name = encoding.upper().removesuffix("-SIG")
+        raise ValueError(f"{file} is no text in {name} ({found}); save it as {name}, or bring it anew if it was that before") from error
 
 # %% ../../nbs/utils/00b_reading.ipynb #0b0read7
 class _Once:
