@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench scaling lint test test-quick test-slurm walk torture outputs export readme docs notebooks clean
+.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench scaling hours lint test test-quick test-slurm walk torture outputs export readme docs notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench: $(READY)  ## what a step costs, side by side with PEFT (an hour; QUICK=1:
 
 scaling: $(READY)  ## what the coordinator costs for 936 stages, and how they scale (an hour); into bench/README.md, under NAME
 	$(BIN)/python bench/scaling.py --name $(or $(NAME),this-machine) $(ARGS)
+
+hours: $(READY)  ## what the paper profile would take on 1, 8 and 64 GPUs: computed; into bench/README.md
+	$(BIN)/python bench/paper.py $(ARGS)
 
 lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how Python files are set
 	$(BIN)/ruff check

@@ -16,7 +16,12 @@ from pathlib import Path
 
 STARTED = time.perf_counter()
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY = {"t5-base": 32128, "smollm2": 49152, "tiny": 320}
+VOCABULARY = {"t5-base": 32128, "smollm2": 49152, "tiny": 320, "thin": 320}
+T5_SHAPES = {
+    "t5-base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    "tiny": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    "thin": {"d_model": 24, "d_kv": 2, "d_ff": 24, "num_layers": 12, "num_heads": 12},  # as deep as T5-base: a step is launched, and little computed
+}
 
 
 def peak_bytes():
@@ -159,8 +164,8 @@ def synchronise():
         torch.cuda.synchronize()
 
 
-def clock():
-    "A Trainer callback that keeps the seconds of every step."
+def clock(now=time.perf_counter):
+    "A Trainer callback that keeps the seconds of every step, as `now` counts them."
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -169,11 +174,11 @@ def clock():
 
         def on_step_begin(self, *_, **__):
             synchronise()
-            self.last = time.perf_counter()
+            self.last = now()
 
         def on_step_end(self, *_, **__):
             synchronise()
-            self.seconds.append(time.perf_counter() - self.last)
+            self.seconds.append(now() - self.last)
 
     return Clock()
 
@@ -275,6 +280,18 @@ def operations(job):
     return {"operations": found}
 
 
+def launch(job):
+    "Processor seconds of training steps on one short text: where next to nothing is computed, what it takes to say what is to be computed."
+    import torch
+
+    torch.set_num_threads(1)
+    _, make = build(job)
+    timer, steps = clock(time.process_time), job["warm_up"] + job["steps"]
+    with tempfile.TemporaryDirectory() as folder:
+        make(texts(VOCABULARY[job["shape"]], [8] * steps), 1, steps, folder, [timer]).train()
+    return {"launch_seconds": timer.seconds[job["warm_up"] :]}
+
+
 def machine(job):
     "What this machine is, and how fast it multiplies matrices."
     import torch
@@ -318,8 +335,7 @@ def backbone(job):
             )
         )
     else:
-        shape = dict(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12) if size == "t5-base" else dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        model = T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **shape))
+        model = T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **T5_SHAPES[size]))
     model.save_pretrained(job["folder"])
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(job["folder"])
@@ -331,6 +347,6 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     job = json.loads(sys.argv[1])
-    measure = {f.__name__: f for f in (train, stream, infer, prompt, operations, machine, backbone)}[job["measure"]]
+    measure = {f.__name__: f for f in (train, stream, infer, prompt, operations, launch, machine, backbone)}[job["measure"]]
     answer = measure(job)
     print("\n" + json.dumps(answer | {"process_seconds": time.perf_counter() - STARTED}))
