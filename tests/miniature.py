@@ -62,9 +62,7 @@ class Clone:
         return {**kept, "EPT_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def python(self, *command, folder):
-        """What `python command` does in a folder; the coordinator, which has a fork server of its own, in an interpreter of its own."""
-        if command[0].endswith("reproduce.py"):
-            return subprocess.run([sys.executable, *command], cwd=folder, env=self.environment(), capture_output=True, text=True)
+        """What `python command` does in a folder."""
         return forks.run(*command, cwd=folder, env=self.environment())
 
     def call(self, *command, folder=None, fails=False):
