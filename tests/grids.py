@@ -48,6 +48,11 @@ class Grid(Clone):
         grid.folder, grid.said = grid.root, folder / "said"
         return grid
 
+    @property
+    def costs(self):
+        """What the runs have cost, as it is published; the same work costs what it has cost before."""
+        return self.root / "results" / "costs.csv"
+
     def environment(self):
         usual = {name: value for name, value in super().environment().items() if name != "PYTHONDONTWRITEBYTECODE"}
         return usual | {"TMPDIR": str(self.scratch)}
@@ -85,9 +90,12 @@ class Grid(Clone):
             print(time.strftime("%Y-%m-%dT%H:%M:%S"), *words, file=journal)
 
     def forget(self):
-        """As if no stage had ever run."""
+        """As if no stage had ever run; published costs stay, as in a clone, since seconds differ from time to time and are in the report."""
+        costs = self.costs.read_bytes()
         for folder in ("runs", "results"):
             shutil.rmtree(self.root / folder, ignore_errors=True)
+        self.costs.parent.mkdir()
+        self.costs.write_bytes(costs)
         for lock in self.root.rglob("dvc.lock"):
             lock.unlink()
 
@@ -124,6 +132,8 @@ def undisturbed(folder, make):
         if status:
             raise RuntimeError(f"the grid does not run where nothing disturbs it:\n{grid.said.read_text()[-2000:]}")
     origin, grid = (make.there(folder / name) for name in ("origin", "undisturbed"))
+    origin.costs.parent.mkdir(exist_ok=True)
+    shutil.copy(grid.costs, origin.costs)
     logs = [log for log in (grid.root / "runs" / "logs").glob("*.log") if log.stem != "stages"]
     seconds = dict.fromkeys(KINDS, 1.0)
     for log in logs:

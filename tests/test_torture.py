@@ -20,8 +20,8 @@ def grid(tmp_path):
     """Results as a grid leaves them, in few files."""
     root = tmp_path / "grid"
     files = {"runs/adapters/cb-pt-0/adapter_model.safetensors": "weights", "results/scores/cb-pt-0.json": "{}", "results/predictions/cb-pt-0.csv": "1\n"}
-    entry = {"cmd": "python run.py", "outs": [{"path": "results/scores/cb-pt-0.json", "md5": "a"}, {"path": "results/costs.csv", "md5": "b"}]}
-    files |= {"dvc.lock": yaml.safe_dump({"schema": "2.0", "stages": {"report": entry}}), "results/costs.csv": "1.5\n", "runs/logs/report.log": "report: 1.2 s, see it\n"}
+    entry = {"cmd": "python run.py", "outs": [{"path": "results/scores/cb-pt-0.json", "md5": "a"}, {"path": "runs/costs/cb-pt-0.json", "md5": "b"}]}
+    files |= {"dvc.lock": yaml.safe_dump({"schema": "2.0", "stages": {"report": entry}}), "runs/costs/cb-pt-0.json": "1.5\n", "runs/logs/report.log": "report: 1.2 s, see it\n"}
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -53,7 +53,7 @@ def test_another_record_in_a_lock_is_named_but_not_what_differs_each_time(grid):
     lock = grid / "dvc.lock"
     assert after(grid, lambda: lock.write_text(lock.read_text().replace("md5: b", "md5: c"))) == []
     assert after(grid, lambda: lock.write_text(lock.read_text().replace("md5: a", "md5: c"))) == ["dvc.lock:report is not what an undisturbed run makes"]
-    assert after(grid, lambda: (grid / "results" / "costs.csv").write_text("2.5\n")) == []
+    assert after(grid, lambda: (grid / "runs" / "costs" / "cb-pt-0.json").write_text("2.5\n")) == []
 
 
 def test_a_lock_that_was_cut_is_noticed_wherever_that_was(grid):
