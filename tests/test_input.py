@@ -12,6 +12,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
+import layout
 from ept.grid.configuration import check
 from ept.grid.profiles import load_profile, profile_files
 from ept.report.results import collect
@@ -19,7 +20,7 @@ from ept.training.config import TrainingConfig
 from ept.utils.files import write_atomic
 from ept.utils.settings import load_settings
 from ept.workflow.clusters import Cluster
-from tests.test_repository import ALL_KINDS, layout
+from tests.test_repository import ALL_KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 HOSTILE = "pt; touch x $(touch y) 'z"
@@ -36,7 +37,7 @@ def saved(folder, text, name="params.yaml"):
 def commands(folder, values):
     """Commands of all stages that DVC finds in a profile of every kind of stage, when its parameter file is another one afterwards."""
     profile = load_profile(saved(folder, ALL_KINDS))
-    for name, text in layout().generated(replace(profile, file=ROOT / "profiles" / "all-kinds" / "params.yaml")).items():
+    for name, text in layout.generated(replace(profile, file=ROOT / "profiles" / "all-kinds" / "params.yaml")).items():
         write_atomic(folder / name, text)
     write_atomic(folder / "params.yaml", yaml.safe_dump(values))
     write_atomic(folder / "results" / "plan.json", "{}")
@@ -69,7 +70,7 @@ def test_commands_are_what_they_look_like(tmp_path):
 def test_a_path_is_that_path_to_dvc(tmp_path, path):
     values = yaml.safe_load(ALL_KINDS) | {"backbone": {"name": "mine", "folder": path}, "data": {"source": "embedded", "folder": path}}
     profile = load_profile(saved(tmp_path, yaml.safe_dump(values, allow_unicode=True)))
-    written = layout().generated(replace(profile, file=ROOT / "profiles" / "all-kinds" / "params.yaml"))
+    written = layout.generated(replace(profile, file=ROOT / "profiles" / "all-kinds" / "params.yaml"))
     read = lambda file, stage: yaml.safe_load(written[file])["stages"][stage]["deps"]
     assert read("dvc.yaml", "backbone") == [f"../../{path}"] and read("tasks/cola/dvc.yaml", "prepare") == [f"../../{path}/glue/cola"]
 

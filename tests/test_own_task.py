@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
 import yaml
 
+import layout
 from ept.data.loading import load_task
 from ept.data.task_files import read_task
 from ept.data.tasks import SPLITS
@@ -52,15 +52,6 @@ def write_tasks(folder):
     return folder
 
 
-def layout():
-    sys.path.insert(0, str(ROOT / "nbs" / "pipelines"))
-    try:
-        import layout
-    finally:
-        sys.path.pop(0)
-    return layout
-
-
 # ---- files --------------------------------------------------------------------------------------------------------------
 
 
@@ -86,29 +77,29 @@ def test_a_label_is_the_text_that_stands_there(tmp_path, text, value):
 @pytest.mark.parametrize("tasks", ["tasks:\n  cola: {steps: 3}\n\n  cb: {}\n", "tasks: {cola: {}}", "tasks:  # of the grid\n    cola:\n"])
 def test_tasks_take_the_place_of_others_in_a_parameter_file(text, tasks):
     before = f"# a profile\nprofile: x\n\n{text}\n\ngrid: {{seeds: [0]}} # tasks: none\n{tasks}"
-    after = layout().with_tasks(before, ["reviews", "places"])
+    after = layout.with_tasks(before, ["reviews", "places"])
     assert yaml.safe_load(after) == {"profile": "x", "data": {"source": "own"}, "grid": {"seeds": [0]}, "tasks": {"reviews": {}, "places": {}}}
     assert [line for line in before.splitlines() if "#" in line and "there" not in line] == [line for line in after.splitlines() if "#" in line and "names its files" not in line]
 
 
 @pytest.mark.parametrize("search", [" {tasks: [cola, cb], trials: 2}", "  # on few\n  trials: 2\n  tasks: [cola]  # one", "\n  tasks:\n  - cola\n  - cb\n  trials: 2"])
 def test_a_search_moves_to_the_other_tasks(search):
-    after = layout().with_tasks(f"profile: x\ndata: {{}}\nsearch:{search}\ntasks: {{cola: {{}}}}\n", ["reviews", "places"])
+    after = layout.with_tasks(f"profile: x\ndata: {{}}\nsearch:{search}\ntasks: {{cola: {{}}}}\n", ["reviews", "places"])
     assert yaml.safe_load(after)["search"] == {"tasks": ["reviews", "places"], "trials": 2}
 
 
 def test_copied_files_lie_beside_each_other(tmp_path):
     folder = write_tasks(tmp_path / "here")
     copied = tmp_path / "there"
-    assert [layout().copy_task(folder / f"{name}.yaml", copied) for name in ("reviews", "places")] == ["reviews", "places"]
+    assert [layout.copy_task(folder / f"{name}.yaml", copied) for name in ("reviews", "places")] == ["reviews", "places"]
     assert {p.relative_to(copied).as_posix() for p in copied.rglob("*.*")} == {"reviews.yaml", "reviews.csv", "places.yaml", "places/a.csv", "places/b.csv", "places/c.jsonl"}
     other = write_tasks(tmp_path / "other")
     (other / "reviews.csv").write_text(reviews(9))
     with pytest.raises(ValueError, match="two tasks name different files reviews.csv"):
-        layout().copy_task(other / "reviews.yaml", copied)
+        layout.copy_task(other / "reviews.yaml", copied)
     (other / "reviews.yaml").write_text(REVIEWS.replace("reviews.csv", "../here/reviews.csv"))
     with pytest.raises(ValueError, match="lie beside it, or below"):
-        layout().copy_task(other / "reviews.yaml", tmp_path / "new")
+        layout.copy_task(other / "reviews.yaml", tmp_path / "new")
 
 
 PROFILE = """
@@ -139,7 +130,7 @@ def test_only_stages_of_an_own_task_depend_on_its_files(tmp_path):
     read = load_profile(tmp_path / "params.yaml")
     task = read.task("reviews")
     shared = replace(task, data=replace(task.data, folder=ROOT / "tasks"))
-    written = layout().generated(replace(read, file=ROOT / "profiles" / "mine" / "params.yaml", own={"reviews": shared}))
+    written = layout.generated(replace(read, file=ROOT / "profiles" / "mine" / "params.yaml", own={"reviews": shared}))
     stages = lambda file: yaml.safe_load(written[file])["stages"]
     own, cola = stages("tasks/reviews/dvc.yaml"), stages("tasks/cola/dvc.yaml")
     assert "../../tasks/reviews.yaml" in stages("dvc.yaml")["plan"]["deps"]

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import execute
+import layout
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 from ept.grid.configuration import check, resolve
@@ -203,18 +204,9 @@ tasks: {sst2: {}, cola: {}}
 """
 
 
-def layout():
-    sys.path.insert(0, str(ROOT / "nbs" / "pipelines"))
-    try:
-        import layout
-    finally:
-        sys.path.pop(0)
-    return layout
-
-
 def stages(profile):
     """What is written for DVC: name -> stage, those of the profile and those of its first task."""
-    written = layout().generated(profile)
+    written = layout.generated(profile)
     read = lambda file: {stage: body.get("do", body) for stage, body in yaml.safe_load(written[file])["stages"].items()}
     return {**read("dvc.yaml"), **read(f"tasks/{profile.grid.tasks[0]}/dvc.yaml")}
 
@@ -336,7 +328,7 @@ def test_no_result_depends_on_costs_notebooks_or_settings(grid):
 def test_profile_is_sound_and_dvc_knows_it(profile):
     read = check(load_profile(PROFILES[profile]))
     assert read.profile == profile
-    assert layout().differences(read) == ([], []), "run `make pipeline`, then commit"
+    assert layout.differences(read) == ([], []), "run `make pipeline`, then commit"
 
 
 @pytest.mark.parametrize(("profile", "width"), [(name, 768 if name == "paper" else 128) for name in PROFILES])
