@@ -92,12 +92,12 @@ def test_the_library_imports_what_pip_install_brings():
     assert not undeclared("ept", requirements(), everywhere=False, keep=lambda path: not any(within(part)(path) for part in EXTRA_OF))
     for part, extra in EXTRA_OF.items():
         assert not undeclared("ept", requirements(extra), everywhere=False, keep=within(part))
-    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2", "cluster", "harness"))
+    assert not undeclared("ept", requirements("report", "peft", "search", "smollm2", "cluster", "harness", "rouge"))
 
 
 def test_pipeline_notebooks_and_tests_import_what_their_extras_bring():
     assert not undeclared("nbs/pipelines", requirements("pipeline"))
-    assert not undeclared("nbs", requirements("pipeline", "notebooks", "peft", "harness"), keep=lambda path: path.suffix == ".ipynb")
+    assert not undeclared("nbs", requirements("pipeline", "notebooks", "peft", "harness", "rouge"), keep=lambda path: path.suffix == ".ipynb")
     assert not any(undeclared(folder, requirements("dev")) for folder in ("nbs", "tests", "bench"))
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 from datasets import Dataset
 from fastcore.basics import patch
 
-from .tasks import STYLES, Task, get_task
+from .tasks import RANKED, STYLES, Task, check_kind, get_task
 from ..utils.checking import unknown
 
 # %% ../../nbs/data/03a_encoding.ipynb #09c4cc8e
@@ -45,8 +45,14 @@ class Encoder:
             raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer; load it with AutoTokenizer.from_pretrained")
         self.task, self.tokenizer, self.style, self.max_length = get_task(task), tokenizer, style, max_length
         self.verbalizer = verbalizer
-        self.label_texts = self.task.label_texts(verbalizer, style)
-        self.candidates = self._candidates()  # token ids of each label text, in the order of the labels' numbers
+        self.label_texts = () if self.task.generation else self.task.label_texts(verbalizer, style)
+        self._found = [] if self.task.generation else self._candidates()
+
+    @property
+    def candidates(self) -> list[list[int]]:  # in the order of the labels' numbers
+        "Token ids of each label text."
+        check_kind(self.task, RANKED, "a choice among label texts")
+        return self._found
 
     def _tokenize(self, texts, **keywords):
         "Token ids of texts; in the question style without an end token, since the answer follows."
@@ -63,21 +69,26 @@ def _begins(one, other):
 
 
 @patch
-def _candidates(self: Encoder):
-    "Token ids of each label text as the model would produce them."
+def _answers(self: Encoder, texts):
+    "Token ids of answers as the model would produce them; behind a question they have no end yet."
     if self.style == "fields":
         end = self.tokenizer.eos_token_id
-        found = [ids if ids and ids[-1] == end else ids + [end] for ids in self._tokenize(list(self.label_texts))["input_ids"]]
-    else:
-        cue = self.task.cue
-        start = self._tokenize([cue])["input_ids"][0]
-        both = self._tokenize([f"{cue} {label}" for label in self.label_texts])["input_ids"]
-        if any(ids[: len(start)] != start for ids in both):
-            raise ValueError(f"the tokenizer merges the answer cue {cue!r} with a label of {list(self.label_texts)}; "
-                             "end the question of the task in another cue, such as 'Answer:'")
-        found = [ids[len(start) :] for ids in both]
-        if any(_begins(one, other) for one in found for other in found if one != other):
-            found = [[*ids, self.tokenizer.eos_token_id] for ids in found]
+        return [ids if ids and ids[-1] == end else ids + [end] for ids in self._tokenize(list(texts))["input_ids"]]
+    cue = self.task.cue
+    start = self._tokenize([cue])["input_ids"][0]
+    both = self._tokenize([f"{cue} {text}" for text in texts])["input_ids"]
+    if odd := next((text for text, ids in zip(texts, both) if ids[: len(start)] != start), None):
+        raise ValueError(f"the tokenizer merges the answer cue {cue!r} with an answer, {odd!r:.60}; "
+                         "end the question of the task in another cue, such as 'Answer:'")
+    return [ids[len(start) :] for ids in both]
+
+
+@patch
+def _candidates(self: Encoder):
+    "Token ids of each label text, none of which begins another."
+    found = self._answers(self.label_texts)
+    if any(_begins(one, other) for one in found for other in found if one != other):
+        found = [[*ids, self.tokenizer.eos_token_id] for ids in found]
     self._check_candidates(found)
     return found
 
@@ -150,3 +161,15 @@ def target(
     distance = np.abs(np.array([float(v) for v in self.task.labels]) - float(label))
     nearest = np.flatnonzero(distance <= distance.min() + 1e-6)
     return int(next((i for i in nearest if i % 2 == 0), nearest[0]))  # halfway: to the even one, as T5's rounding does
+
+# %% ../../nbs/data/03a_encoding.ipynb #03atg002
+@patch
+def targets(
+    self: Encoder,
+    labels: Sequence[int | float | str],  # label numbers, values of regression, or texts
+) -> list[list[int]]:  # token ids of each
+    "Token ids of the right answers."
+    if not self.task.generation:
+        return [self.candidates[self.target(label)] for label in labels]
+    ends = [] if self.style == "fields" else [self.tokenizer.eos_token_id]
+    return [(ids + ends)[: self.task.answer_tokens] for ids in self._answers([str(label).strip() for label in labels])]

@@ -30,7 +30,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from huggingface_hub import snapshot_download
 
 from .parts import PARTS, part_of, shared_text, sharing
-from .tasks import SPLIT_SEED, SPLITS, TableFormat, Task, get_task
+from .tasks import RANKED, SPLIT_SEED, SPLITS, TableFormat, Task, check_kind, get_task
 from ..utils.checking import check_count, unknown
 from ..utils.files import repository_root
 from ..utils.reading import read_text
@@ -54,27 +54,28 @@ def _check_columns(task, frame, where):
 PLAIN = (str, numbers.Number, np.generic, datetime.date, datetime.time, datetime.timedelta)  # what a cell may be, beside nothing
 
 
-def _cells(frame, column, where):
-    "The cells of a column as they are, and whether each is empty; `ValueError` for one that is no text, number or date."
+def _cells(frame, column, where, called=None):
+    "The cells of a column as they are, and whether each is empty; `ValueError` for one that is no text, number or date. `called` is what messages call the column."
+    called = called or column
     values = list(frame[column].astype(object))
     absent = frame[column].isna().tolist()
     for row, value in enumerate(values):
         if absent[row]:
             continue
         if not isinstance(value, PLAIN) or isinstance(value, np.bytes_):
-            raise ValueError(f"{where}: row {row}, column {column!r}: {value!r:.80} is a {type(value).__name__}; it must be one text, number or date")
+            raise ValueError(f"{where}: row {row}, column {called!r}: {value!r:.80} is a {type(value).__name__}; it must be one text, number or date")
         if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise ValueError(f"{where}: row {row}, column {column!r}: {value!r:.80} has half of a letter that takes two; bring the text anew, in its own encoding")
+            raise ValueError(f"{where}: row {row}, column {called!r}: {value!r:.80} has half of a letter that takes two; bring the text anew, in its own encoding")
     return values, absent
 
 
-def _texts(task, frame, field, where):
-    "A text column as strings; an empty text is refused unless the task allows it."
-    texts = ["" if empty else str(value) for value, empty in zip(*_cells(frame, field, where))]
+def _texts(task, frame, field, where, called=None):
+    "A text column as strings; an empty text is refused unless the task allows it. `called` is what it was called in the table."
+    texts = ["" if empty else str(value) for value, empty in zip(*_cells(frame, field, where, called))]
     empty = [] if field in task.may_be_empty else [row for row, text in enumerate(texts) if not text.strip()]
     if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
-        raise ValueError(f"{where}: row {empty[0]}, column {field!r}: the text is empty{more}; remove the row or fill it in")
+        raise ValueError(f"{where}: row {empty[0]}, column {called or field!r}: the text is empty{more}; remove the row or fill it in")
     return texts
 
 # %% ../../nbs/data/03_loading.ipynb #42c8a864
@@ -128,7 +129,7 @@ def _checked(task, frame, where, column="label"):
     "A frame of the task's columns alone, checked: texts, label numbers, group; `column` is what the labels' was called."
     _check_columns(task, frame, where)
     columns = {field: _texts(task, frame, field, where) for field in task.fields}
-    columns["label"] = _labels(task, frame["label"], where, column)
+    columns["label"] = _texts(task, frame, "label", where, column) if task.generation else _labels(task, frame["label"], where, column)
     if task.group:
         columns[task.group] = _groups(task, frame, where)
     return pd.DataFrame(columns)
@@ -418,13 +419,14 @@ def _label_oddities(task, frames):
     kinds = {split: set(frame["label"]) for split, frame in frames.items()}
     if len(kinds["train"]) == 1:
         (only,) = kinds["train"]
-        label = only if task.regression else task.labels[only]
+        label = task.labels[only] if task.kind == "classification" else only
         return [f"all {len(frames['train'])} training rows have the label {label!r}, so that there is nothing to learn; give rows with other labels"]
-    if task.regression:
+    if task.kind != "classification":
         return []
     absent = {split: [label for number, label in enumerate(task.labels) if number not in found] for split, found in kinds.items()}
-    says = {"train": "which is therefore not learned; give rows of it, or leave it out of the task's labels"}
-    return [f"no {'training' if split == 'train' else split} row has the label {_some(names)}, {says.get(split, f'which is therefore not judged there; {_MORE}')}" for split, names in absent.items() if names]
+    then = {"train": "not learned; give rows of it, or leave it out of the task's labels"} | dict.fromkeys(("validation", "test"), f"not judged there; {_MORE}")
+    called = {"train": "training"}
+    return [f"no {called.get(split, split)} row has the label {_some(names)}, which is therefore {then[split]}" for split, names in absent.items() if names]
 
 
 def _copies(task, frames):
@@ -498,6 +500,7 @@ def few_shot(
     if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**32:
         raise ValueError(f"the seed of the shots is {seed!r}; it must be a whole number from 0 to {2**32 - 1}")
     task = get_task(task)
+    check_kind(task, RANKED, "a draw of shots, so many of each class,")
     classes = np.round(np.asarray(data["label"])).astype(int)
     random, drawn = np.random.RandomState(seed), []
     for one in range(int(float(task.labels[-1])) + 1 if task.regression else len(task.labels)):
@@ -519,7 +522,7 @@ class TaskData(DatasetDict):
 def _to_dataset(task, frame):
     "A checked frame as a data set with typed columns."
     kinds = {field: Value("string") for field in task.fields}
-    kinds["label"] = Value("float32") if task.regression else ClassLabel(names=list(task.labels))
+    kinds["label"] = {"regression": Value("float32"), "generation": Value("string")}.get(task.kind) or ClassLabel(names=list(task.labels))
     if task.group:
         whole = pd.api.types.is_integer_dtype(frame[task.group])
         kinds[task.group] = Value("int64" if whole else "string")
@@ -611,7 +614,7 @@ def load_task(
     frames, small, name, commit = _load_frames(task, source, folder, revision, _format(task, label=label, sep=sep, encoding=encoding, sheet=sheet))
     own = name == "tables" and task.hub is None
     frames, parted = (frames, None) if part is None else _part(task, frames, part)
-    frames = frames if part == "backbone" else _complete(task, frames, small, stratified=own and not task.regression)
+    frames = frames if part == "backbone" else _complete(task, frames, small, stratified=own and task.kind == "classification")
     for split, frame in frames.items():
         _check_columns(task, frame, f"task {task.name!r}, split {split!r}")
     for sentence in _label_oddities(task, frames) + _copies(task, frames) if own and part != "backbone" else ():

@@ -6,6 +6,7 @@
 __all__ = ['score_task', 'majority_score']
 
 # %% ../../nbs/data/04_metrics.ipynb #1b8b6c0c
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from .tasks import ERRORS, Task, get_task
+from .texts import text_values
 from ..utils.checking import unknown
 
 # %% ../../nbs/data/04_metrics.ipynb #32ba488f
@@ -79,7 +81,7 @@ def _numbers(task, name, values):
 # %% ../../nbs/data/04_metrics.ipynb #c1a32f6b
 def score_task(
     task: str | Task,  # a task or its name
-    predictions: Sequence,  # label numbers; numbers on the label's scale for regression
+    predictions: Sequence,  # label numbers; numbers on the label's scale for regression; texts for generation
     labels: Sequence,  # the true ones, in the same order
     groups: Sequence | None = None,  # for exact_match: what ties rows together, such as the number of the question
 ) -> dict[str, float | int]:  # metric -> percentage (0-100), or an error in the unit of the labels; "n" -> examples, "n_groups" -> groups if there are any
@@ -88,10 +90,12 @@ def score_task(
     if len(predictions) != len(labels) or len(labels) == 0:
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels of task {task.name!r}; "
                          "there must be one for each, and at least one")
-    if "exact_match" in task.metrics and (groups is None or len(groups) != len(labels)):
+    if task.group and "exact_match" in task.metrics and (groups is None or len(groups) != len(labels)):
         given = "no groups are" if groups is None else f"{len(groups)} groups are"
         raise ValueError(f"{given} given for {len(labels)} labels; exact_match of task {task.name!r} needs the column "
                          f"{task.group!r} of every row")
+    if task.generation:
+        return {metric: 100 * float(np.mean(text_values(metric, predictions, labels))) for metric in task.metrics} | {"n": len(labels)}
     predictions, labels = _numbers(task, "predictions", predictions), _numbers(task, "labels", labels)
     scores = {name: _value(name, predictions, labels, groups) for name in task.metrics}
     scores["n"] = len(labels)
@@ -107,11 +111,14 @@ def majority_score(
     groups: Sequence | None = None,  # for exact_match, see `score_task`; not needed for the score
     metric: str | None = None,  # one of the task's metrics; None is the task's score
 ) -> float:  # percentage, 0-100, or an error in the unit of the labels
-    "The score of a constant prediction: the majority class of the training labels, their mean for regression."
+    "The score of a constant prediction: the majority class of the training labels, their mean for regression, their commonest text for generation."
     task = get_task(task)
     metric = metric or task.score
     if metric not in task.metrics:
         raise unknown("metric", metric, task.metrics)
+    if task.generation:
+        constant = Counter(train_labels).most_common(1)[0][0]
+        return 100 * float(np.mean(text_values(metric, [constant] * len(eval_labels), eval_labels)))
     train_labels = _numbers(task, "train_labels", train_labels)
     eval_labels = _numbers(task, "eval_labels", eval_labels)
     if not len(train_labels) or not len(eval_labels):

@@ -28,11 +28,12 @@ def _check_file(file, values):
             raise ValueError(f"{file}: {unknown('parameter', key, _KEYS)}")
         if _KEYS[key] and not isinstance(values[key], list):
             raise ValueError(f"{file}: {key} is {values[key]!r}; it must be a list of names, such as [{values[key]}]")
+    for kind in ("regression", "generation"):
+        if values.get(kind, "false") not in ("true", "false"):
+            raise ValueError(f"{file}: {kind} is {values[kind]!r}; it must be true or false")
     for key in ("fields", "labels", "data"):
-        if key not in values:
+        if key not in values and not (key == "labels" and values.get("generation") == "true"):
             raise ValueError(f"{file}: {key} is missing; a task file needs fields, labels and data")
-    if values.get("regression", "false") not in ("true", "false"):
-        raise ValueError(f"{file}: regression is {values['regression']!r}; it must be true or false")
 
 # %% ../../nbs/data/01a_task_files.ipynb #cbe8e67d
 def read_task(
@@ -44,7 +45,7 @@ def read_task(
         raise FileNotFoundError(f"there is no task file {file}; it holds at least fields, labels and data")
     values = read_yaml(file, texts=True)
     _check_file(file, values)
-    values["regression"] = values.get("regression") == "true"
+    values |= {kind: values.get(kind) == "true" for kind in ("regression", "generation")}
     if isinstance(values["data"], dict):
         values["data"] = {**values["data"], "folder": file.parent}
     try:

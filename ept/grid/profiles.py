@@ -16,7 +16,7 @@ from typing import Any
 from fastcore.basics import patch
 
 from ..data.task_files import read_task
-from ..data.tasks import SPLITS, TASKS, Task, get_task
+from ..data.tasks import RANKED, SPLITS, TASKS, Task, check_kind, get_task
 from ..methods.catalogue import SHARED
 from ..training.config import TrainingConfig
 from ..utils.checking import check_name, check_range, from_dict, unknown
@@ -534,6 +534,7 @@ def _own_tasks(folder, names):
             raise ValueError(f"{file} has the name of a benchmark's task, and their scores must not be confused; choose another name")
         if file:
             found[name] = read_task(file)
+            check_kind(found[name], RANKED, f"{file}: a grid")
             _check_rows(file, found[name], repository_root(folder))
         elif name not in TASKS:
             known = [*TASKS, *(path.stem for place in places for path in sorted(place.glob("*.yaml")))]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..data.encoding import Encoder
 from ..data.loading import load_task
-from ..data.tasks import Task, get_task
+from ..data.tasks import RANKED, Task, check_kind, get_task
 from ..methods.catalogue import SHARED, module_of
 from ..methods.registry import get_method
 from ..methods.sources import read_sources
@@ -207,7 +207,7 @@ def share_prompt(
         raise ValueError("source_prompts is empty, and they are the teachers; train method 'pt' on source tasks, then pass {task: adapter folder}")
     if distillation < 0:
         raise ValueError(f"distillation is {distillation}; it must be at least 0, which imitates nothing")
-    known = {name: (tasks or {}).get(name) or get_task(name) for name in source_prompts}
+    known = {name: check_kind((tasks or {}).get(name) or get_task(name), RANKED, "share_prompt") for name in source_prompts}
     if data is not None and (missing := [name for name in known if name not in data]):
         raise ValueError(f"data holds no rows of source task {missing[0]!r}; pass those of every source task: {', '.join(known)}")
     model, teachers = _student(sizes, seed, backbone, source_prompts, distillation)

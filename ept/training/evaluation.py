@@ -9,24 +9,25 @@ __all__ = ['Evaluation', 'evaluate']
 import html
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from datasets import DatasetDict
 from fastcore.basics import patch
+from scipy import stats
 from sklearn.metrics import confusion_matrix
 
 from ..data.encoding import Encoder
 from ..data.loading import load_task
 from ..data.metrics import majority_score, score_task
-from ..data.resampling import RESAMPLED, resample
+from ..data.resampling import DRAWS, LEVEL, RESAMPLED, resample
 from ..data.resampling import interval as middle_of
 from ..data.tasks import ERRORS, Task, get_task
+from ..data.texts import text_values
 from ..model.backbone import Backbone
 from ..model.modeling import EPTModel
-from .ranking import predict, rank_labels
+from .generation import answer
 from ..utils.reading import read_json
 
 # %% ../../nbs/training/45_evaluation.ipynb #e14a58e3
@@ -38,29 +39,40 @@ class Evaluation:
     split: str
     metrics: dict  # by name, percent (errors in the unit of the labels), and "n", the number of examples
     score: float  # the task's own metric, percent
-    predictions: list  # label numbers, or numbers for a regression task
+    predictions: list  # label numbers, numbers for a regression task, or texts
     labels: list
     names: tuple[str, ...] = ()  # of the labels, by number; empty where they are numbers themselves
     majority: float | None = None  # score of the constant answer that the training rows suggest, percent; None where none are given
     groups: list | None = None  # what ties rows together, of each example
 
-    @cached_property
-    def interval(self) -> tuple[float, float]:  # percent; NaN where there is none
-        "The 95 % interval of the score, from test examples drawn again."
-        metric, said, true, groups = next(iter(self.metrics)), self.predictions, self.labels, self.groups
-        if metric == "exact_match":  # a group is right or wrong as a whole
-            right = pd.Series(np.equal(said, true)).groupby(groups).all().to_numpy()
-            metric, said, true, groups = "accuracy", right, np.ones(len(right)), None
-        if metric not in RESAMPLED:
-            return math.nan, math.nan
-        return middle_of(metric, resample(metric, [said], true, groups)[0], len(true if groups is None else set(groups)))
+    @property
+    def written(self) -> bool:
+        "Whether the answers are free texts."
+        return isinstance(self.labels[0], str)
 
-    @cached_property
+    @property
     def confusion(self) -> pd.DataFrame:  # a row for each label, a column for each answer; empty where there are none to count
         "How often which label got which answer."
         numbers = range(len(self.names))
         counts = confusion_matrix(self.labels, self.predictions, labels=numbers) if self.names else []
         return pd.DataFrame(counts, pd.Index(self.names, name="label"), pd.Index(self.names, name="answer"))
+
+# %% ../../nbs/training/45_evaluation.ipynb #45int001
+@patch(as_prop=True)
+def interval(self: Evaluation) -> tuple[float, float]:  # percent; NaN where there is none
+    "The 95 % interval of the score, from test examples drawn again."
+    metric, said, true, groups = next(iter(self.metrics)), self.predictions, self.labels, self.groups
+    if self.written and metric != "exact_match":
+        values = 100 * np.array(text_values(metric, said, true))
+        if np.ptp(values) < 1e-9:  # a draw can only show what the test set has
+            return math.nan, math.nan
+        return tuple(stats.bootstrap((values,), np.mean, n_resamples=DRAWS, confidence_level=LEVEL, method="percentile", rng=0).confidence_interval)
+    if metric == "exact_match":  # a text, or a group, is right or wrong as a whole
+        right = text_values(metric, said, true) if self.written else pd.Series(np.equal(said, true)).groupby(groups).all()
+        metric, said, true, groups = "accuracy", np.array(right), np.ones(len(right)), None
+    if metric not in RESAMPLED:
+        return math.nan, math.nan
+    return middle_of(metric, resample(metric, [said], true, groups)[0], len(true if groups is None else set(groups)))
 
 # %% ../../nbs/training/45_evaluation.ipynb #45sho003
 _SHOWN = 12  # most labels of a confusion table, and most mistakes of a list
@@ -70,8 +82,9 @@ _SHOWN = 12  # most labels of a confusion table, and most mistakes of a list
 def _summary(self: Evaluation):
     "The metrics in a line, the score with its interval and what a constant answer scores."
     stated = [f"{name} {value:.3g}" if name in ERRORS else f"{name} {value:.1f}" for name, value in self.metrics.items() if name not in ("n", "n_groups")]
-    if not math.isnan(self.interval[0]):
-        stated[0] += f" (95 % interval {self.interval[0]:.1f} to {self.interval[1]:.1f})"
+    low, high = self.interval
+    if not math.isnan(low):
+        stated[0] += f" (95 % interval {low:.1f} to {high:.1f})"
     if self.majority is not None:
         stated.insert(1, f"a constant answer {self.majority:.1f}")
     return f"({self.split}, n = {self.metrics['n']}): {', '.join(stated)}"
@@ -79,7 +92,10 @@ def _summary(self: Evaluation):
 
 @patch
 def _answers(self: Evaluation):
-    "The confusion table, or the commonest mistakes where it would be large."
+    "The confusion table, or the commonest mistakes where it would be large; of free texts some of them."
+    if self.written:
+        some = sorted(zip(self.labels, self.predictions), key=lambda pair: pair[0] == pair[1])[: _SHOWN // 2]
+        return pd.DataFrame(some, columns=["label", "answer"])
     if len(self.names) <= _SHOWN:
         return self.confusion
     mistakes = pd.DataFrame({"label": self.labels, "answer": self.predictions}).query("label != answer").value_counts().head(_SHOWN)
@@ -108,7 +124,7 @@ def evaluate(
     verbalizer: str | None = None,  # "words" or "digits"; None is what training used
     progress: bool = False,  # show a bar
 ) -> Evaluation:
-    "Rank the labels for every example of a split and compute the task's metrics."
+    "Answer every example of a split, by ranking the labels or in words, and compute the task's metrics."
     task, settings = get_task(task), {}
     if isinstance(adapter, EPTModel):
         model = adapter
@@ -121,8 +137,9 @@ def evaluate(
     data = load_task(task) if data is None else data
     rows = data[split]
     encoder = Encoder(task, backbone.tokenizer, backbone.style, max_length, verbalizer)
-    scores = rank_labels(model, encoder.encode(rows), encoder.candidates, backbone.tokenizer.pad_token_id, progress=progress)
-    predictions, labels, groups = predict(task, scores), list(rows["label"]), list(rows[task.group]) if task.group else None
+    if task.generation and not (model.folded or model.adaptation or model.reads_text):
+        model = model.fold()
+    predictions, labels, groups = answer(model, encoder, encoder.encode(rows), progress), list(rows["label"]), list(rows[task.group]) if task.group else None
     metrics = score_task(task, predictions, labels, groups)
     majority = majority_score(task, data["train"]["label"], labels, groups) if "train" in data else None
-    return Evaluation(task.name, split, metrics, metrics[task.score], predictions, labels, () if task.regression else task.labels, majority, groups)
+    return Evaluation(task.name, split, metrics, metrics[task.score], predictions, labels, task.labels if task.kind == "classification" else (), majority, groups)

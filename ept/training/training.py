@@ -35,8 +35,8 @@ from ..model.weights import fingerprint
 from .batching import collate, plan_batches
 from .checkpoints import hold_checkpoints, last_checkpoint, remove_checkpoints
 from .config import TrainingConfig
+from .generation import answer
 from .inside import modules_moved
-from .ranking import predict, rank_labels
 from ..utils.files import whole_folder, write_atomic, write_json
 from ..utils.fingerprints import code_version
 
@@ -114,8 +114,8 @@ class Job:
     @cached_property
     def features(self):
         "Token ids of every training text and of its label."
-        rows, encoder = self.data["train"], self.encoder
-        return list(zip(encoder.encode(rows), [encoder.candidates[encoder.target(label)] for label in rows["label"]]))
+        rows = self.data["train"]
+        return list(zip(self.encoder.encode(rows), self.encoder.targets(rows["label"])))
 
     @cached_property
     def validation(self):
@@ -128,9 +128,8 @@ class Job:
     def validate(self, model):
         "Validation metrics, with `score` the task's own."
         rows, texts = self.validation
-        scores = rank_labels(model, texts, self.encoder.candidates, self.backbone.tokenizer.pad_token_id)
         groups = rows[self.task.group] if self.task.group else None
-        metrics = score_task(self.task, predict(self.task, scores), rows["label"], groups)
+        metrics = score_task(self.task, answer(model, self.encoder, texts), rows["label"], groups)
         return {"score": metrics[self.task.metrics[0]]}
 
 # %% ../../nbs/training/44_training.ipynb #f975362a
