@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # the names of `_HOMES` once more, for editors and type check
     from .training.evaluation import evaluate as evaluate
     from .training.training import Run as Run
     from .training.training import train as train
+    from .use.classifier import Classifier as Classifier
+    from .use.publishing import push_to_hub as push_to_hub
+    from .use.records import save_evaluation as save_evaluation
 
 __version__ = "0.0.1"
 
@@ -43,6 +46,9 @@ _HOMES = {
     "training.training": ("Run", "train"),
     "training.evaluation": ("Evaluation", "evaluate"),
     "training.distillation": ("share_prompt",),
+    "use.classifier": ("Classifier",),
+    "use.records": ("save_evaluation",),
+    "use.publishing": ("push_to_hub",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

@@ -18,6 +18,7 @@ SECTIONS = {  # folder -> its title, in reading order: first what people do with
     "training": "Training and evaluation",
     "grid": "Grids of runs",
     "report": "Reports",
+    "use": "Prompts in use",
     "workflow": "Running stages",
 }
 

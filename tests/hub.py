@@ -1,5 +1,6 @@
-"""A stand-in for the Hugging Face hub on this machine, and rows in the columns of its data sets."""
+"""A stand-in for the Hugging Face hub on this machine, which serves and takes files, and rows in the columns of its data sets."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -9,22 +10,29 @@ import shutil
 import threading
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
+import yaml
 
 from ept.data.tasks import TASKS
 
 REPOSITORY, REFERENCE = r"(?P<repository>[^/]+/[^/]+)", r"(?P<reference>refs/convert/parquet|[^/]+)"
 ABOUT = re.compile(rf"/api/(?:models|datasets)/{REPOSITORY}(?:/(?P<what>revision|tree)/{REFERENCE})?")
 FILE = re.compile(rf"/(?:datasets/)?{REPOSITORY}/resolve/{REFERENCE}/(?P<path>.+)")
+WRITE = re.compile(rf"/api/models/{REPOSITORY}/(?P<what>preupload|commit)/{REFERENCE}")
+LARGE = re.compile(rf"/{REPOSITORY}\.git/info/lfs/objects/batch")
+TOKEN = "hf_standin"  # with which one may write
 
 
 class Hub:
-    """A server that speaks as much of the hub's language as a download needs, while the `with` block lasts."""
+    """A server that speaks as much of the hub's language as downloads and uploads of models need, while the `with` block lasts."""
 
     def __init__(self):
         self.files = {}  # (repository, commit, path) -> bytes, or the path of a file
         self.references = {}  # (repository, branch) -> commit
         self.seen = []  # paths that were asked for
+        self.made = {}  # repository -> how it was asked for
+        self.large = {}  # SHA-256 -> content, of large files that no commit needs to name yet
 
     def __enter__(self):
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -55,6 +63,20 @@ class Hub:
         kept = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
         own = {"HF_ENDPOINT": self.address, "HF_HOME": str(cache), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1"}
         return kept | own
+
+    def take_over(self, monkeypatch, cache):
+        """Let this process take it for the hub, with a cache of its own, for as long as a test lasts."""
+        constants = {
+            "ENDPOINT": self.address,
+            "HUGGINGFACE_CO_URL_TEMPLATE": self.address + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(cache),
+        }
+        for name, value in constants.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
+        huggingface_hub.close_session()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
@@ -92,12 +114,90 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(200, content, ETag=f'"{mark_of(path, content)}"', X_Repo_Commit=commit)
 
+    def do_POST(self):
+        self.hub.seen.append(self.path)
+        path, body = self.path.partition("?")[0], self.body()
+        if path == "/api/validate-yaml":
+            self.validate(json.loads(body)["content"])
+        elif self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self.say(401, {"error": "Invalid username or password."})
+        elif path == "/api/repos/create":
+            self.create(json.loads(body))
+        elif found := WRITE.fullmatch(path):
+            {"preupload": self.announce, "commit": self.keep}[found["what"]](found["repository"], found["reference"], body)
+        elif found := LARGE.fullmatch(path):
+            asked = json.loads(body)["objects"]
+            upload = lambda oid: {"upload": {"href": f"{self.hub.address}/large/{oid}"}}
+            self.say(200, {"transfer": "basic", "objects": [one if one["oid"] in self.hub.large else one | {"actions": upload(one["oid"])} for one in asked]})
+        else:
+            self.answer(404)
+
+    def do_PUT(self):
+        """A large file."""
+        content = self.body()
+        right = hashlib.sha256(content).hexdigest() == self.path.removeprefix("/large/")
+        if right:
+            self.hub.large[hashlib.sha256(content).hexdigest()] = content
+        self.answer(200 if right else 400)
+
+    def body(self):
+        """What was sent, whole or in chunks."""
+        if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def validate(self, page):
+        """The first lines of a card."""
+        try:
+            good = isinstance(yaml.safe_load(page.split("---")[1]), dict)
+        except (IndexError, yaml.YAMLError):
+            good = False
+        self.say(200 if good else 400, {"warnings": [], "errors": [] if good else [{"message": "the metadata is no mapping"}]})
+
+    def create(self, asked):
+        """A repository without files."""
+        name = f"{asked['organization']}/{asked['name']}"
+        known = name in self.hub.made
+        self.hub.made.setdefault(name, asked)
+        self.say(409 if known else 200, {"url": f"{self.hub.address}/{name}"})
+
+    def announce(self, repository, reference, body):
+        """How each file is to be brought."""
+        if repository not in self.hub.made:
+            self.answer(404, X_Error_Code="RepoNotFound")
+            return
+        how = lambda path: "lfs" if path.endswith(".safetensors") else "regular"
+        self.say(200, {"files": [{"path": file["path"], "uploadMode": how(file["path"]), "shouldIgnore": False} for file in json.loads(body)["files"]]})
+
+    def keep(self, repository, reference, body):
+        """A commit: the files of the one before, and those that are new."""
+        before = self.hub.commit(repository, reference)
+        files = {path: content for (name, at, path), content in self.hub.files.items() if (name, at) == (repository, before)}
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                files[line["value"]["path"]] = self.hub.large[line["value"]["oid"]]
+        commit = hashlib.sha1(f"{before} {body}".encode()).hexdigest()
+        self.hub.files |= {(repository, commit, path): content for path, content in files.items()}
+        self.hub.references[repository, reference] = commit
+        self.say(200, {"commitUrl": f"{self.hub.address}/{repository}/commit/{commit}", "commitOid": commit})
+
+    def say(self, status, value):
+        """A value as JSON."""
+        self.answer(status, json.dumps(value).encode(), Content_Type="application/json")
+
     def answer(self, status, content=b"", **headers):
         self.send_response(status)
         for key, value in {"Content-Length": size_of(content), **headers}.items():
             self.send_header(key.replace("_", "-"), str(value))
         self.end_headers()
-        if self.command == "GET" and isinstance(content, bytes):
+        if self.command != "HEAD" and isinstance(content, bytes):
             self.wfile.write(content)
         elif self.command == "GET":
             with content.open("rb") as file:

@@ -524,16 +524,7 @@ def hub(tmp_path, monkeypatch):
     "A stand-in for the hub that this process takes for the real one; it holds nothing yet."
     with Hub() as hub:
         hub.references = {("own/set", "main"): MAIN, ("own/set", "refs/convert/parquet"): PARQUET}
-        constants = {
-            "ENDPOINT": hub.address,
-            "HUGGINGFACE_CO_URL_TEMPLATE": hub.address + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }
-        for name, value in constants.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its attempts
-        huggingface_hub.close_session()
+        hub.take_over(monkeypatch, tmp_path / "cache")
         yield hub
     huggingface_hub.close_session()
 

@@ -86,7 +86,7 @@ def test_the_backbone_is_bit_identical_after_training(data, tmp_path):
 
 
 def test_a_run_is_whole_and_can_be_evaluated(run, backbone, data):
-    assert {p.name for p in run.adapter_dir.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "history.csv", "training.json"}
+    assert {p.name for p in run.adapter_dir.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "history.csv", "task.json", "training.json"}
     assert run.history[run.history.step > 0].score.max() == run.validation_score
     assert not run.adapter_dir.with_name(".adapter-checkpoints").exists()
     record = json.loads((run.adapter_dir / "training.json").read_text())

@@ -321,4 +321,5 @@ def load_backbone(
         raise ValueError(f"the tokenizer of backbone {name!r} has no end token, which ends every answer; set tokenizer.eos_token and save it with tokenizer.save_pretrained")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    model.config._name_or_path = label  # what an adapter records: a folder of this machine helps nobody else
     return Backbone(model.eval().requires_grad_(False), tokenizer, label, revision or _commit(location))

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .adaptation import Adaptation
 from .families import family_for, padding_last, reorder
+from .hub import find_adapter
 from .inputs import check_ids, check_labels, check_mask, check_room, check_text, vocabulary_size
 from .saving import check_backbone, check_numbers, check_shapes, describe_backbone, find_kind, read_adapter, sizes_of, write_adapter
 from .scoring import score_candidates
@@ -89,6 +90,18 @@ class EPTModel(nn.Module):
 def family(self: EPTModel) -> str:
     '"encoder-decoder" or "decoder-only".'
     return self.architecture.name
+
+
+@patch(as_prop=True)
+def device(self: EPTModel) -> torch.device:
+    "Where the backbone is, and so where a batch has to be."
+    return self._embeddings.weight.device
+
+
+@patch(as_prop=True)
+def config(self: EPTModel) -> PretrainedConfig:
+    "The configuration of the backbone, under the name that libraries look for; the prompt's is `prompt_config`."
+    return self.backbone.config
 
 
 @patch(as_prop=True)
@@ -326,11 +339,13 @@ def _empty(cls, backbone, kind, config, extra, folded):
 def from_pretrained(
     cls: EPTModel,
     backbone: PreTrainedModel,  # the one the adapter was trained on
-    folder: str | Path,  # written by `save_pretrained`
+    folder: str | Path,  # written by `save_pretrained`, or the name of a repository on the hub, "user/name"
     other_weights: bool = False,  # take a backbone whose weights are not exactly those, such as one that was merged on another machine
+    revision: str | None = None,  # on the hub; None is the newest
 ) -> EPTModel:
     "Load an adapter; `ValueError` before anything changes when it does not belong to the backbone or is damaged."
     check_model(backbone)
+    folder = find_adapter(folder, revision)
     record, tensors = read_adapter(folder)
     check_backbone(record, backbone, folder, other_weights)
     kind, config, extra = _sizes(record, folder)

@@ -110,6 +110,7 @@ class _Mixture:
     model: Student
     teachers: dict[str, Tensor]  # source task -> finished prompt
     title = "a shared prompt"
+    purpose = None  # it answers no task
 
     def __post_init__(self):
         first = self.jobs[0]

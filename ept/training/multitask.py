@@ -173,6 +173,7 @@ class _Mixture:
     train: Mapping[str, Dataset]
     held_out: Mapping[str, Dataset]
     title = "multitask update"
+    purpose = None  # it answers no task
     method = get_method("lora")
 
     @property

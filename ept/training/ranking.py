@@ -47,14 +47,13 @@ def rank_labels(
     progress: bool = False,  # show a bar
 ) -> Tensor:  # log-probabilities, float32 on the CPU, [N, n]
     "Log-probability of each label text after each input text."
-    device = next(model.backbone.parameters()).device
     copies = len(candidates) if model.architecture.copies_text and max(map(len, candidates)) > 1 else 1
     batches = batches_by_length([len(t) for t in texts], max(1, 4 * tokens // (3 + copies)))
     result = torch.empty(len(texts), len(candidates))
     model.eval()
     for batch in tqdm(batches, desc="ranking", disable=not progress, leave=False):
-        ids = pad([texts[i] for i in batch], pad_id).to(device)
-        mask = pad([[1] * len(texts[i]) for i in batch], 0).to(device)
+        ids = pad([texts[i] for i in batch], pad_id).to(model.device)
+        mask = pad([[1] * len(texts[i]) for i in batch], 0).to(model.device)
         result[batch] = model.score(input_ids=ids, attention_mask=mask, candidates=candidates).cpu()
     return result
 
