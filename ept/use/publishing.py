@@ -21,12 +21,14 @@ from ..utils.files import write_atomic, write_json
 
 # %% ../../nbs/use/67_publishing.ipynb #67pub006
 def _rename(folder, backbone):
-    "Give the backbone of an adapter another name in both files that hold it."
-    record, purpose = (json.loads((folder / name).read_text()) for name in ("adapter_config.json", "task.json"))
-    record["backbone"]["name"], purpose["backbone"] = backbone, {"name": backbone, "revision": None}
-    weights = (folder / "adapter_model.safetensors").read_bytes()
-    write_json(folder / "adapter_config.json", record | {"sha256": adapter_digest(record, weights)})
-    write_json(folder / "task.json", purpose)
+    "Give the backbone of an adapter another name in the files that hold it."
+    for name in ("adapter_config.json", "task.json", "training.json"):
+        if (folder / name).exists():
+            record = json.loads((folder / name).read_text())
+            record["backbone"] |= {"name": backbone} | ({"revision": None} if "revision" in record["backbone"] else {})
+            if name == "adapter_config.json":
+                record["sha256"] = adapter_digest(record, (folder / "adapter_model.safetensors").read_bytes())
+            write_json(folder / name, record)
 
 
 def _collect(folder, place, repository, backbone):
