@@ -27,8 +27,12 @@ if TYPE_CHECKING:  # the names of `_HOMES` once more, for editors and type check
     from .training.training import Run as Run
     from .training.training import train as train
     from .use.classifier import Classifier as Classifier
+    from .use.comparing import compare as compare
+    from .use.pipelines import generation_pipeline as generation_pipeline
     from .use.publishing import push_to_hub as push_to_hub
+    from .use.records import describe as describe
     from .use.records import save_evaluation as save_evaluation
+    from .use.tables import task_of_table as task_of_table
 
 __version__ = "0.0.1"
 
@@ -47,7 +51,10 @@ _HOMES = {
     "training.evaluation": ("Evaluation", "evaluate"),
     "training.distillation": ("share_prompt",),
     "use.classifier": ("Classifier",),
-    "use.records": ("save_evaluation",),
+    "use.pipelines": ("generation_pipeline",),
+    "use.tables": ("task_of_table",),
+    "use.records": ("describe", "save_evaluation"),
+    "use.comparing": ("compare",),
     "use.publishing": ("push_to_hub",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

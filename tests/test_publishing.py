@@ -12,7 +12,7 @@ from ept.methods.registry import build_method
 from ept.model.hub import find_adapter
 from ept.training.purpose import Purpose, write_purpose
 from ept.use.card import model_card
-from ept.use.records import describe, facts
+from ept.use.records import describe
 from tests.conftest import MODELS, byte_tokenizer, tiny_backbone
 from tests.hub import TOKEN, Hub
 
@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     data, training = {"train": rows, "validation": rows, "test": rows}, TrainingConfig(steps=2, batch_size=2, evaluate_every=2)
     backbone = load_backbone(str(place / "model"))
     run = train(DESK, "ept", 0, backbone, data, place / "adapter", training=training, sizes=SIZES, progress=False)
-    save_evaluation(run.adapter_dir, evaluate(run.adapter_dir, DESK, backbone, data), data["train"]["label"])
+    save_evaluation(run.adapter_dir, evaluate(run.adapter_dir, DESK, backbone, data))
     return run.adapter_dir, place / "model", rows
 
 
@@ -93,7 +93,7 @@ def test_the_folder_is_as_it_was(hub, made):
 
 
 def test_what_cannot_be_pushed_is_refused_before_the_hub_is_asked(hub, made, tmp_path):
-    adapter, model, _ = made
+    adapter = made[0]
     with pytest.raises(ValueError, match="names its backbone by the folder .*, which nobody else has; give its name on the hub"):
         push_to_hub(adapter, "me/desk")
     (tmp_path / "copy").mkdir()
@@ -134,8 +134,9 @@ def test_a_card_says_what_the_record_says(made):
     card, said = model_card(made[0], "me/desk"), describe(made[0])
     record = json.loads((made[0] / "evaluation.json").read_text())
     shown = table(card)
-    for score in record["scores"]:
-        assert shown[score["metric"]] == [f"{score['value']:.1f}", f"{score['low']:.1f} to {score['high']:.1f}", f"{score['majority']:.1f}", "12"]
+    first, second = record["scores"]
+    assert shown["accuracy"] == [f"{first['value']:.1f}", f"{first['low']:.1f} to {first['high']:.1f}", f"{first['majority']:.1f}", "12"]
+    assert shown["macro_f1"] == [f"{second['value']:.1f}", "–", "–", "12"]
     assert f"{said.parameters:,} trained numbers" in card and DESK.question in card and all(f"- {label}\n" in card for label in DESK.labels)
     assert f"accuracy {said.training['validation_score']:.1f} at step 2, which was chosen by it" in card
     head = yaml.safe_load(card.split("---")[1])
@@ -148,7 +149,7 @@ def test_a_card_claims_nothing_that_the_record_lacks(tmp_path):
     write_purpose(tmp_path, Purpose.of(DESK, backbone, 64))
     card = model_card(tmp_path, "me/desk")
     assert "It has not been evaluated" in card and not table(card) and "validation" not in card
-    assert set(facts(describe(tmp_path))) == {"task", "backbone", "method", "prompt", "size"}
+    assert set(describe(tmp_path).facts()) == {"task", "backbone", "method", "prompt", "size"}
     assert "tiny-t5" in card and DESK.template in card and DESK.question not in card, "the text is that of the backbone's family"
 
 

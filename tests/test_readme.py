@@ -6,12 +6,18 @@ import re
 import subprocess
 import sys
 import venv
+from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import yaml
 
+import ept
 from ept.methods.registry import METHODS
+from ept.use import classifier
+from tests.conftest import tiny_backbone
+from tests.hub import TOKEN, Hub
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "results/README.md", "profiles/README.md", "bench/README.md", "nbs/index.ipynb"]
@@ -108,9 +114,9 @@ def test_the_readme_is_short(readme):
 
 def test_the_readme_tells_things_in_order(readme):
     titles = re.findall(r"(?m)^## (.+)$", readme)
-    assert titles == ["State", "Install, and eight lines", "Reproduce", "Results", "Methods", "Add your own", "What is the paper's, and what is ours", "Citing"]
+    assert titles == ["State", "Install, and ten lines", "Reproduce", "Results", "Methods", "Add your own", "What is the paper's, and what is ours", "Citing"]
     example = [line for line in re.search(r"```python\n(.+?)```", readme, re.S)[1].splitlines() if line and not line.startswith("from ")]
-    assert len(example) == 8
+    assert len(example) == 10
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -119,6 +125,32 @@ def test_every_link_leads_somewhere(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert links or page == "CHANGELOG.md"
     assert not [link for link in links if not (folder / link).exists()]
+
+
+def example():
+    "The README's lines of Python."
+    return re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
+
+
+def test_the_example_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch, capsys):
+    "The README's lines, each as it stands, with a tiny model in place of SmolLM2 and a stand-in in place of the hub."
+    tiny = replace(tiny_backbone("llama"), name="smollm2", revision=None)
+    for module in (ept, classifier):
+        monkeypatch.setattr(module, "load_backbone", lambda name, *_: {"smollm2": tiny}[name], raising=False)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    with Hub() as hub:
+        hub.take_over(monkeypatch, tmp_path / "cache")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        exec(example(), names)
+        page = hub.files["user/reviews", hub.references["user/reviews", "main"], "README.md"].decode()
+    huggingface_hub.close_session()
+    found = names["found"]
+    assert f"| accuracy | {found.score:.1f} |" in page and "| 100 |" in page
+    assert set(names["clf"](["warm and funny", "a long bore"]).label) <= {"negative", "positive"}
+    assert "probabilities" in capsys.readouterr().out
+    text = tiny.tokenizer("Review: warm and funny\nIs this review negative or positive?\nAnswer:").input_ids
+    assert [t.shape for t in names["embeds"]] == [(names["clf"].model.prompt_config.short_length + len(text), 32)]
 
 
 @pytest.mark.slow
@@ -136,9 +168,11 @@ def test_the_example_runs_from_the_wheel(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", str(site), str(wheel)], check=True)
     packages = next(p for p in sys.path if p.endswith("site-packages"))
     (site / "dependencies.pth").write_text(packages + "\n")
-    example = re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(), re.S)[1]
-    done = subprocess.run([environment / "bin" / "python", "-c", example], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "'accuracy'" in done.stdout and done.stdout.strip()
+    with Hub() as hub:
+        variables = hub.environment(tmp_path / "cache") | {"HF_TOKEN": TOKEN}
+        done = subprocess.run([environment / "bin" / "python", "-c", example()], cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert "`smollm2`" in hub.files["user/reviews", hub.references["user/reviews", "main"], "README.md"].decode()
+    assert re.search(r"positive|negative", done.stdout)
     where = [environment / "bin" / "python", "-c", "import ept; print(ept.__file__)"]
     assert str(site) in subprocess.run(where, cwd=tmp_path, capture_output=True, text=True).stdout

@@ -4,9 +4,10 @@ import json
 
 import pandas as pd
 import pytest
+import transformers
 from datasets import Dataset
 
-from ept import Classifier, TrainingConfig, evaluate, load_backbone, train
+from ept import Classifier, TrainingConfig, evaluate, generation_pipeline, load_backbone, train
 from ept.data.tasks import Task
 from ept.methods.registry import build_method
 from ept.model.backbone import Backbone
@@ -181,3 +182,38 @@ def test_what_an_adapter_is_for_is_checked(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="task.json is missing, which says what the adapter is for"):
         read_purpose(tmp_path)
+
+
+# ---- pipelines of transformers
+
+
+def test_a_pipeline_of_transformers_answers_as_the_classifier_does():
+    _, clf = in_use(tiny_backbone("llama"), DESK)
+    texts = ROWS["desk"]["message"]
+    expected = clf(texts)
+    for size in (1, 3):
+        found = clf.pipeline(batch_size=size)(texts)
+        assert [answer["label"] for answer in found] == expected.label.tolist()
+        assert [answer["score"] for answer in found] == pytest.approx([max(row.values()) for row in expected.probabilities], abs=1e-4)
+    (every,) = clf.pipeline(top_k=None)(texts[:1])
+    assert {answer["label"]: answer["score"] for answer in every} == pytest.approx(expected.probabilities[0], abs=1e-4)
+    _, pair = in_use(tiny_backbone("t5"), PAIR)
+    assert pair.pipeline()({"one": "this", "two": "that"})["label"] == pair({"one": ["this"], "two": ["that"]}).label[0]
+    _, numbers = in_use(tiny_backbone("t5"), LIKING)
+    with pytest.raises(ValueError, match="task 'liking' is answered with numbers"):
+        numbers.pipeline()
+
+
+def test_a_pipeline_of_transformers_generates_behind_the_prompt():
+    model, clf = in_use(tiny_backbone("llama"), DESK)
+    tokenizer = clf.backbone.tokenizer
+    write = generation_pipeline(model, tokenizer, do_sample=False, max_new_tokens=5)
+    for text, answers in zip(["number 1", "a longer message"], write(["number 1", "a longer message"], batch_size=2, return_full_text=False)):
+        new = model.generate(tokenizer(text, return_tensors="pt").input_ids, do_sample=False, max_new_tokens=5)
+        assert answers[0]["generated_text"] == tokenizer.decode(new[0], skip_special_tokens=True)
+    assert write("number 1")[0]["generated_text"].startswith("number 1")
+    with pytest.raises(TypeError, match="use ept.generation_pipeline"):
+        transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    other, _ = in_use(tiny_backbone("t5"), DESK)
+    with pytest.raises(ValueError, match="the backbone is encoder-decoder, and text-generation pipelines are for decoder-only ones"):
+        generation_pipeline(other, tokenizer)

@@ -235,6 +235,15 @@ def _prepare(self: EPTModel, input_ids, attention_mask):
     input_ids, attention_mask = reorder(order, input_ids), reorder(order, attention_mask)
     return *self.embed(input_ids, attention_mask > 0), attention_mask
 
+
+@patch
+def can_generate(self: EPTModel):
+    "What pipelines of transformers ask of a model; `TypeError` says what to give them instead."
+    raise TypeError(
+        "a pipeline of transformers expects the text in front of what is generated, and EPTModel.generate gives the new tokens alone;"
+        " use ept.generation_pipeline(model, tokenizer), or for the labels of a task ept.Classifier.from_pretrained(folder).pipeline()"
+    )
+
 # %% ../../nbs/model/25_modeling.ipynb #a999233d
 @patch
 @torch.no_grad()

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..model.backbone import SOURCES
-from .records import Description, describe, facts
+from .records import Description, describe
 
 # %% ../../nbs/use/66a_card.ipynb #66crd006
 def _hub_id(name):
@@ -25,7 +25,7 @@ def _hub_id(name):
 
 def _metadata(said):
     "What machines read of a card, as YAML."
-    purpose, base = said.purpose, _hub_id(said.purpose.backbone.name)
+    base = _hub_id(said.purpose.backbone.name)
     values = {"library_name": "ept", "pipeline_tag": "text-classification", "tags": ["ept", "prompt-tuning", said.method]}
     return yaml.safe_dump(values | ({"base_model": base} if base else {}), sort_keys=False, allow_unicode=True).strip()
 
@@ -49,5 +49,5 @@ def model_card(
     pages.filters |= {"fenced": _fenced, "format_number": lambda number: f"{number:,}"}
     task = said.purpose.task
     example = json.dumps(["a text", "another one"] if len(task.fields) == 1 else {field: ["a text", "another one"] for field in task.fields}, ensure_ascii=False)
-    known = {"metadata": _metadata(said), "repository": repository, "said": said, "task": task, "facts": facts(said), "example": example}
+    known = {"metadata": _metadata(said), "repository": repository, "said": said, "task": task, "facts": said.facts(), "example": example}
     return pages.get_template("card.md.jinja").render(known)

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from datasets import DatasetDict
 
-from ..data.metrics import majority_score
 from ..data.tasks import TASKS, Task, get_task
 from ..grid.profiles import BackboneChoice, DataChoice, Grid, Profile
 from ..methods.registry import get_method
@@ -55,15 +54,14 @@ def compare(
 
 def _row(task, run, backbone, data):
     "A run with its answers on the test rows, as `ept.report.results.collect` reads one from its record."
-    found, labels = evaluate(run.adapter_dir, task, backbone, data), data["train"]["label"]
-    groups = data["test"][task.group] if task.group else None
-    save_evaluation(run.adapter_dir, found, labels, groups)
+    found = evaluate(run.adapter_dir, task, backbone, data)
+    save_evaluation(run.adapter_dir, found)
     history = {name: run.history[name].tolist() for name in run.history}
     return {
         "task": task.name, "method": run.method, "seed": run.seed, "role": run.config["role"], "metric": task.score, "score": found.score,
-        "majority_score": majority_score(task, labels, found.labels, groups), "n": len(found.labels), "trainable_parameters": run.trainable_parameters,
+        "majority_score": found.majority, "n": len(found.labels), "trainable_parameters": run.trainable_parameters,
         "chosen_step": run.chosen_step, "metrics": found.metrics, "history": history, "gate_weights": None, "config": run.config, "files": {},
-        "labels": np.asarray(found.labels), "predictions": np.asarray(found.predictions), "groups": groups and np.asarray(groups),
+        "labels": np.asarray(found.labels), "predictions": np.asarray(found.predictions), "groups": found.groups and np.asarray(found.groups),
         **{name: run.cost[name] for name in ("train_seconds", "device", "precision", "processor")},
     }
 

@@ -51,8 +51,6 @@ def task_of_table(
     if label in text:
         raise ValueError(f"column {label!r} is given as text and as label; name another one")
     labels = _grid(frame[label]) if regression else _classes(frame[label])
-    if len(labels) > MOST_LABELS or (len(labels) > 20 and len(labels) > len(frame) / 2):
+    if not regression and (len(labels) > MOST_LABELS or len(labels) > max(20, len(frame) / 2)):
         raise ValueError(f"column {label!r} holds {len(labels)} different values in {len(frame)} rows, which are no labels; name another column, or predict numbers by regression")
-    if regression and "metrics" not in options:
-        options["metrics"] = ("pearson", "spearman")
     return Task(re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_") or "table", tuple(text), labels, regression=regression, **options)
