@@ -10,6 +10,7 @@ from datasets import Dataset
 from ept import Classifier, EPTModel, Task, TrainingConfig, evaluate, load_backbone, push_to_hub, save_evaluation, train
 from ept.methods.registry import build_method
 from ept.model.hub import find_adapter
+from ept.training.evaluation import Evaluation
 from ept.training.purpose import Purpose, write_purpose
 from ept.use.card import model_card
 from ept.use.records import describe
@@ -160,3 +161,14 @@ def test_texts_of_a_task_stay_texts(tmp_path):
     write_purpose(tmp_path, Purpose.of(odd, backbone, 64))
     card = model_card(tmp_path, "me/odd")
     assert f"````text\n{odd.question}\n````" in card and "- {{ 7 * 7 }}\n" in card and "49" not in card.partition("## Scores")[0].partition("What it answers")[2]
+
+
+def test_a_card_of_a_task_that_is_answered_in_words(tmp_path):
+    backbone, task = tiny_backbone("llama"), Task("reply", ("message",), generation=True, answer_tokens=4)
+    build_method("pt", backbone.model, **SIZES).save_pretrained(tmp_path)
+    write_purpose(tmp_path, Purpose.of(task, backbone, 64))
+    found = Evaluation("reply", "test", {"exact_match": 50.0, "token_f1": 60.0, "n": 2}, 50.0, ["yes", "so"], ["yes", "no"])
+    save_evaluation(tmp_path, found)
+    card = model_card(tmp_path, "me/reply")
+    assert "a text of at most 4 tokens" in card and table(card)["exact_match"][0] == "50.0" and "constant answer is" not in card
+    assert yaml.safe_load(card.split("---")[1])["pipeline_tag"] == "text-generation"

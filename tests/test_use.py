@@ -49,6 +49,14 @@ def test_answers_are_those_of_evaluate(kind, task):
             assert row.label == max(row.probabilities, key=row.probabilities.get)
 
 
+def test_a_generation_task_is_answered_in_words():
+    backbone, task = tiny_backbone("llama"), Task("reply", ("message",), generation=True, answer_tokens=4)
+    model, clf = in_use(backbone, task)
+    rows = Dataset.from_dict({"message": ["a message", "another one"], "label": ["thanks", "no"]})
+    assert clf(rows).label.tolist() == evaluate(model, task, backbone, {"test": rows}, max_length=64).predictions
+    assert list(clf(rows).columns) == ["label"] and "free text" in repr(clf)
+
+
 @pytest.mark.parametrize("method", ["ept-text-gate", "bitfit", "pt", "frozen"])
 def test_prompts_that_are_no_constant_answer_too(method):
     backbone = tiny_backbone("t5")
@@ -200,7 +208,7 @@ def test_a_pipeline_of_transformers_answers_as_the_classifier_does():
     _, pair = in_use(tiny_backbone("t5"), PAIR)
     assert pair.pipeline()({"one": "this", "two": "that"})["label"] == pair({"one": ["this"], "two": ["that"]}).label[0]
     _, numbers = in_use(tiny_backbone("t5"), LIKING)
-    with pytest.raises(ValueError, match="task 'liking' is answered with numbers"):
+    with pytest.raises(ValueError, match="a text-classification pipeline serves classification, and task 'liking' is one of regression"):
         numbers.pipeline()
 
 

@@ -37,6 +37,7 @@ from .checkpoints import hold_checkpoints, last_checkpoint, remove_checkpoints
 from .config import TrainingConfig
 from .generation import answer
 from .inside import modules_moved
+from .purpose import Purpose, write_purpose
 from ..utils.files import whole_folder, write_atomic, write_json
 from ..utils.fingerprints import code_version
 
@@ -152,6 +153,12 @@ def digest(self: Job):
     return hashlib.sha256(json.dumps([texts, targets, self.validation[1]]).encode()).hexdigest()
 
 
+@patch(as_prop=True)
+def purpose(self: Job):
+    "What the adapter is for."
+    return Purpose.of(self.task, self.backbone, self.encoder.max_length, self.training.verbalizer)
+
+
 @patch
 def finished(self: Job):
     "The model that is written when training is over."
@@ -231,6 +238,8 @@ def _write_run(job, output_dir, history, step, score, cost):
     run = Run(job.config["task"], job.method.name, job.seed, output_dir, history, step, score, job.model.num_trainable_parameters(), job.config, cost)
     with whole_folder(output_dir) as folder:
         job.finished().save_pretrained(folder)
+        if job.purpose:
+            write_purpose(folder, job.purpose)
         write_json(folder / "training.json", run.config | {"chosen_step": step, "validation_score": score, "trainable_parameters": run.trainable_parameters})
         write_atomic(folder / "history.csv", history.to_csv(index=False))
     return run

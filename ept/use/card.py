@@ -26,7 +26,7 @@ def _hub_id(name):
 def _metadata(said):
     "What machines read of a card, as YAML."
     base = _hub_id(said.purpose.backbone.name)
-    values = {"library_name": "ept", "pipeline_tag": "text-classification", "tags": ["ept", "prompt-tuning", said.method]}
+    values = {"library_name": "ept", "pipeline_tag": "text-generation" if said.purpose.task.generation else "text-classification", "tags": ["ept", "prompt-tuning", said.method]}
     return yaml.safe_dump(values | ({"base_model": base} if base else {}), sort_keys=False, allow_unicode=True).strip()
 
 # %% ../../nbs/use/66a_card.ipynb #66crd009

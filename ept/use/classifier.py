@@ -18,6 +18,7 @@ from ..data.tasks import Task
 from ..model.backbone import Backbone, load_backbone
 from ..model.hub import find_adapter
 from ..model.modeling import EPTModel
+from ..training.generation import answer
 from ..training.purpose import Purpose, read_purpose
 from ..training.ranking import predict, rank_labels
 
@@ -96,14 +97,16 @@ class Classifier:
         rows: object,  # see `as_table`
         tokens: int = 4096,  # most text tokens in a batch; texts of similar length are put together
         progress: bool = False,  # show a bar
-    ) -> pd.DataFrame:  # columns label and probabilities, a mapping from labels; a row for each one given, in its order and with its index
-        "The label of each text, with the probability of every label."
+    ) -> pd.DataFrame:  # columns label and probabilities, a mapping from labels, which free texts have not; a row for each one given, in its order and with its index
+        "The label of each text, with the probability of every label; of a generation task the text that is written."
         frame, labels = as_table(self.task, rows), self.task.labels
+        if self.task.generation:
+            return pd.DataFrame({"label": answer(self.model, self.encoder, self.encoder.encode(frame), progress)}, index=frame.index, dtype=object)
         scores = rank_labels(self.model, self.encoder.encode(frame), self.encoder.candidates, self.backbone.tokenizer.pad_token_id, tokens, progress)
         predicted = predict(self.task, scores)
         probabilities = [dict(zip(labels, row)) for row in scores.softmax(-1).tolist()]
         return pd.DataFrame({"label": predicted if self.task.regression else [labels[i] for i in predicted], "probabilities": probabilities}, index=frame.index)
 
     def __repr__(self):
-        shown = ", ".join(self.task.labels[:4]) + (", ..." if len(self.task.labels) > 4 else "")
+        shown = "free text" if self.task.generation else ", ".join(self.task.labels[:4]) + (", ..." if len(self.task.labels) > 4 else "")
         return f"Classifier({self.task.name}: {', '.join(self.task.fields)} -> {shown}; on {self.purpose.backbone.name})"

@@ -122,7 +122,7 @@ def predict(
     clf = _classifier(args)
     answers, given = clf(rows, progress=True), as_table(clf.task, rows) if args.text else rows
     added = {"prediction": answers.label}
-    if not clf.task.regression:
+    if clf.task.kind == "classification":
         added["probability"] = [round(row[label], 4) for label, row in zip(answers.label, answers.probabilities)]
     table = given.assign(**added)
     if args.out:

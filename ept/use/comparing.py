@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from datasets import DatasetDict
 
-from ..data.tasks import TASKS, Task, get_task
+from ..data.tasks import RANKED, TASKS, Task, check_kind, get_task
 from ..grid.profiles import BackboneChoice, DataChoice, Grid, Profile
 from ..methods.registry import get_method
 from ..model.backbone import Backbone
@@ -36,7 +36,7 @@ def compare(
     progress: bool = True,  # show bars
 ) -> ScoreTable:
     "Train and evaluate methods on the same rows; `ValueError` before the first step for a method that is unknown or needs other runs."
-    task, runs = get_task(task), []
+    task, runs = check_kind(get_task(task), RANKED, "compare"), []
     for method in map(get_method, methods):
         if method.sources:
             raise ValueError(f"method {method.name!r} starts from prompts of other tasks, which one table does not have; leave it out, or run a grid (make profile)")

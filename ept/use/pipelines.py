@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TextClassificationPipeline, TextGenerationPipeline
 from transformers.utils import ModelOutput
 
+from ..data.tasks import check_kind
 from ..model.modeling import EPTModel
 from .classifier import Classifier
 
@@ -57,9 +58,8 @@ def pipeline(
     self: Classifier,
     **options,  # of a pipeline, such as batch_size and top_k
 ) -> ClassificationPipeline:
-    "A `text-classification` pipeline of transformers; `ValueError` for a regression task, whose answers are no labels."
-    if self.task.regression:
-        raise ValueError(f"task {self.task.name!r} is answered with numbers, and a text-classification pipeline with labels; call the Classifier itself")
+    "A `text-classification` pipeline of transformers; `ValueError` for a task whose answers are no labels."
+    check_kind(self.task, ("classification",), "a text-classification pipeline")
     return ClassificationPipeline(self, **options)
 
 # %% ../../nbs/use/65b_pipelines.ipynb #65pip010

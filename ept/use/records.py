@@ -48,7 +48,7 @@ def scores_of(
     found: Evaluation,
 ) -> list[Score]:  # of each metric, that of the task first
     "The scores of an evaluation, the task's own with its interval and that of the constant answer."
-    numbers = {"exact_match": found.metrics.get("n_groups")}
+    numbers = {"exact_match": found.metrics.get("n_groups", found.metrics["n"])}
     first, *others = (Score(name, value, numbers.get(name, found.metrics["n"])) for name, value in found.metrics.items() if name not in ("n", "n_groups"))
     low, high = found.interval
     return [replace(first, low=None if math.isnan(low) else low, high=None if math.isnan(high) else high, majority=found.majority), *others]
@@ -148,7 +148,7 @@ def facts(
     adapter, config, known = self.adapter, self.adapter.config, {}
     if self.purpose:
         task, origin = self.purpose.task, self.purpose.backbone
-        known["task"] = f"{task.name}: {', '.join(task.fields)} -> {', '.join(task.labels)}"
+        known["task"] = f"{task.name}: {', '.join(task.fields)} -> {', '.join(task.labels) or 'free text'}"
         known["backbone"] = origin.name + (f", revision {origin.revision}" if origin.revision else "")
     else:
         known["backbone"] = adapter.backbone.name
