@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from ept.use.command import main, parser
 
 from ept import compare, load_backbone, load_task, task_of_table
 from ept.training.config import TrainingConfig
+from ept.use.command import main, parser
 from ept.use.comparing import method_differences, method_scores
 from tests.conftest import MODELS, byte_tokenizer
 
