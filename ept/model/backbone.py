@@ -77,13 +77,13 @@ LARGE = 500_000  # parameters from which bfloat16 is worth its conversions on a 
 
 
 def resolve_device(
-    device: str = "auto",  # "auto" or any name torch knows
+    device: str = "auto",  # "auto", a GPU where there is one, or any name torch knows
 ) -> torch.device:
     "The device a name stands for; `ValueError` for one that is not there."
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
     if device == "auto":
-        device = "cuda" if gpus else "cpu"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu"  # each process of `accelerate launch` has a GPU of its own
     try:
         found = torch.device(device)
         if found.type in ("cpu", "meta") or str(found) in there or (found.type == "cuda" and found.index is None and gpus):

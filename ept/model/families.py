@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .backbone import family_of
 from .inputs import learned_positions, no_labels
+from .recomputation import PrefixCache
 
 # %% ../../nbs/model/22_families.ipynb #29ea375f
 def padding_last(
@@ -157,19 +158,21 @@ def decode(
     prompt: Tensor,  # [m, d] or [B, m, d]
     text: Tensor,  # [B, L, d]
     attention_mask: Tensor,  # [B, L]
-) -> tuple:  # last hidden states of the prompt, [B, m, d], and of the text, [B, L, d]; the cache behind them
+    keep: bool = True,  # keys and values of the text, to continue from; in training nothing does
+) -> tuple:  # last hidden states of the prompt, [B, m, d], and of the text, [B, L, d]; the cache behind them, where it is kept
     "Run the decoder over prompt and text."
     decoder, length = self.backbone.base_model, prompt.shape[-2]
     if length == 0 or prompt.dim() == 3 or not self.shared_prefix:
         embeddings, mask = join(prompt, text, attention_mask)
-        out = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=True)
+        out = decoder(inputs_embeds=embeddings, attention_mask=mask, use_cache=keep)
         return out.last_hidden_state[:, :length], out.last_hidden_state[:, length:], out.past_key_values
     prefix = decoder(inputs_embeds=prompt.to(text.dtype)[None], use_cache=True)
     cache = prefix.past_key_values
     cache.batch_repeat_interleave(len(text))
     positions = torch.arange(length, length + text.shape[1], device=text.device)[None]
     mask = torch.cat([attention_mask.new_ones(len(text), length), attention_mask], dim=1)
-    out = decoder(inputs_embeds=text, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    past = cache if keep else PrefixCache(cache)
+    out = decoder(inputs_embeds=text, attention_mask=mask, position_ids=positions, past_key_values=past, use_cache=True)
     return prefix.last_hidden_state.expand(len(text), -1, -1), out.last_hidden_state, out.past_key_values
 
 # %% ../../nbs/model/22_families.ipynb #df68dd4e
@@ -184,7 +187,7 @@ def forward(
     only_labelled: bool,  # logits of labelled tokens alone
 ) -> PromptedOutput:
     "Loss and logits; those of the text's positions in the order in which the text was given."
-    before, hidden, _ = self.decode(prompt, text, attention_mask)
+    before, hidden, _ = self.decode(prompt, text, attention_mask, keep=False)
     head, length, back = self.backbone.get_output_embeddings(), prompt.shape[-2], None if order is None else order.argsort(dim=1)
     if labels is None:
         return PromptedOutput(logits=reorder(back, head(hidden)))

@@ -160,11 +160,11 @@ def remove_checkpoints(
 def ended(
     folder: str | Path,  # of the checkpoints of a run
 ) -> bool:
-    "Whether the training has come to its last step; False where nothing says so."
+    "Whether the training has come to its end; False where nothing says so."
     found = [path for path in _checkpoints(folder) if _manifest(path)]
     try:
         state = _state(found[-1])
-        return state["global_step"] >= state["max_steps"]
+        return state["global_step"] >= state["max_steps"] or state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
     except (IndexError, OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -172,6 +172,6 @@ def ended(
 def remove_ended(
     folder: str | Path,  # that holds the checkpoints of many runs, each in a folder of its own
 ) -> None:
-    "Remove the checkpoints of all trainings that have come to their last step."
+    "Remove the checkpoints of all trainings that have come to their end."
     for run in filter(ended, Path(folder).glob("*")):
         remove_checkpoints(run)

@@ -20,7 +20,8 @@ class TrainingConfig:
     "How a prompt is trained; the same for every method of a comparison."
 
     steps: int = 300  # optimizer steps
-    batch_size: int = 16  # examples a step and device
+    batch_size: int = 16  # examples a step, over all devices
+    micro_batch_size: int = 0  # examples that a device takes at once, the gradients of the parts of a batch being accumulated; 0 is all of its share
     learning_rate: float = 0.3  # of the prompt
     pair_learning_rate: float = 1.0e-3  # of A and B
     module_learning_rate: float = 1.0e-3  # of fusion and projection, and of whatever else makes a prompt
@@ -29,6 +30,7 @@ class TrainingConfig:
     warmup_steps: int = 0  # of the linear schedule
     clip: float = 1.0  # largest norm of the gradient
     evaluate_every: int = 100  # steps between validations; each is a checkpoint, the best one is kept
+    early_stopping_patience: int = 0  # validations in a row without a better score after which training ends; 0 is never
     validation_examples: int = 0  # validate on so many examples; 0 is all of them
     verbalizer: str = "words"  # label texts: "words" or "digits"
     shots: int = 0  # training examples per class, drawn by the run's seed; 0 is all of them
@@ -36,7 +38,7 @@ class TrainingConfig:
     def __post_init__(self):
         check_range(self, ("steps", "batch_size", "evaluate_every"), least=1)
         check_range(self, (*RATES.values(), "clip"), above=0)
-        check_range(self, ("weight_decay", "warmup_steps", "validation_examples", "shots"), least=0)
+        check_range(self, ("micro_batch_size", "weight_decay", "warmup_steps", "early_stopping_patience", "validation_examples", "shots"), least=0)
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be at most steps, which is {self.steps}")
         if self.verbalizer not in VERBALIZERS:

@@ -10,14 +10,18 @@ import hashlib
 import json
 import platform
 import resource
-import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import DatasetDict
 from fastcore.basics import patch
 
@@ -31,8 +35,9 @@ from ..methods.sources import SharedPrompt, read_sources, sources_of
 from ..model.backbone import Backbone
 from ..model.inputs import check_tokens, vocabulary_size
 from ..model.modeling import EPTModel
+from ..model.recomputation import gradient_checkpointing
 from ..model.weights import fingerprint
-from .batching import collate, plan_batches
+from .batching import collate, deal, parts_of_batch, plan_batches
 from .checkpoints import hold_checkpoints, last_checkpoint, remove_checkpoints
 from .config import TrainingConfig
 from .generation import answer
@@ -40,6 +45,9 @@ from .inside import modules_moved
 from .purpose import Purpose, write_purpose
 from ..utils.files import whole_folder, write_atomic, write_json
 from ..utils.fingerprints import code_version
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 # %% ../../nbs/training/44_training.ipynb #3feff652
 @dataclass
@@ -204,44 +212,53 @@ def _hash(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _run_trainer(job, checkpoint_dir, workers, progress):
+def _processes(job):
+    "The processes that train a job, as accelerate knows them."
+    return PartialState(cpu=job.backbone.model.device.type == "cpu")
+
+
+def _run_trainer(job, checkpoint_dir, workers, recompute, callbacks):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
-    from ept.training.trainer import ProgressBar, PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
+    from ept.training.trainer import PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
 
     check_tokens("the training set", (ids for row in job.features for ids in row[:2]), vocabulary_size(job.model.backbone))
-    plan, on_cpu = job.plan(), job.backbone.model.device.type == "cpu"
+    training, processes, plan, on_cpu = job.training, _processes(job), job.plan(), job.backbone.model.device.type == "cpu"
     job.model.prompt.cover(max(len(row[0]) for row in job.features))
     identity = job.config | {"data": job.digest(), "dtype": str(job.backbone.model.dtype), "weights": fingerprint(job.backbone.model, exact=True)}
-    run = _hash(identity | {package: version(package) for package in ("torch", "transformers", "accelerate")})
-    checkpoint, seconds = last_checkpoint(checkpoint_dir, run)
+    run = _hash(identity | {package: version(package) for package in ("torch", "transformers", "accelerate")} | {"processes": processes.num_processes})
+    (found,) = broadcast_object_list([last_checkpoint(checkpoint_dir, run) if processes.is_main_process else None])
+    checkpoint, seconds = found
     trainer = PromptTrainer(
-        job.model, plan, job.features, job.collate, job.validate, optimizer_groups(job.model, job.training), seconds, run, eval_dataset=job.features,
-        args=trainer_arguments(job.training, job.seed, on_cpu, checkpoint_dir, workers, bool(checkpoint)), callbacks=[ProgressBar(job.title)] if progress else None,
+        job.model, deal(plan, training.micro_batch_size, processes.process_index, processes.num_processes), job.features, job.collate, job.validate,
+        optimizer_groups(job.model, training), seconds, run, eval_dataset=job.features, callbacks=callbacks,
+        args=trainer_arguments(training, job.seed, on_cpu, checkpoint_dir, workers, bool(checkpoint), job.title),
     )
-    trainer.started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    trainer.pause()
-    tokens = sum(len(job.features[i][0]) for batch in plan for i in batch)
+    with gradient_checkpointing(job.model.backbone) if recompute else nullcontext():
+        trainer.finish(checkpoint)
+    done = plan[: trainer.state.global_step]
     cost = {
         "train_seconds": trainer.seconds,
-        "examples_per_second": len(plan) * job.training.batch_size / trainer.seconds,
-        "tokens_per_second": tokens / trainer.seconds,
+        "examples_per_second": len(done) * training.batch_size / trainer.seconds,
+        "tokens_per_second": sum(len(job.features[i][0]) for batch in done for i in batch) / trainer.seconds,
         "work": _hash(identity)[:12],
     }
     return _history(trainer.state.log_history), trainer.state.best_global_step, trainer.state.best_metric, cost
 
 # %% ../../nbs/training/44_training.ipynb #afdee766
 def _write_run(job, output_dir, history, step, score, cost):
-    "Write the adapter folder so that it appears whole or not at all; the run."
-    device, precision = job.backbone.model.device, str(job.model.backbone.dtype).removeprefix("torch.")
-    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": _processor(device), "precision": precision}
+    "Write the adapter folder so that it appears whole or not at all, by the first of several processes; the run."
+    device, precision, processes = job.backbone.model.device, str(job.model.backbone.dtype).removeprefix("torch."), _processes(job)
+    processor = _processor(device) + (f", {processes.num_processes} processes" if processes.num_processes > 1 else "")
+    cost |= {"peak_memory_bytes": _peak_memory(device), "device": str(device), "processor": processor, "precision": precision}
     run = Run(job.config["task"], job.method.name, job.seed, output_dir, history, step, score, job.model.num_trainable_parameters(), job.config, cost)
-    with whole_folder(output_dir) as folder:
-        job.finished().save_pretrained(folder)
-        if job.purpose:
-            write_purpose(folder, job.purpose)
-        write_json(folder / "training.json", run.config | {"chosen_step": step, "validation_score": score, "trainable_parameters": run.trainable_parameters})
-        write_atomic(folder / "history.csv", history.to_csv(index=False))
+    if processes.is_main_process:
+        with whole_folder(output_dir) as folder:
+            job.finished().save_pretrained(folder)
+            if job.purpose:
+                write_purpose(folder, job.purpose)
+            write_json(folder / "training.json", run.config | {"chosen_step": step, "validation_score": score, "trainable_parameters": run.trainable_parameters})
+            write_atomic(folder / "history.csv", history.to_csv(index=False))
+    processes.wait_for_everyone()
     return run
 
 # %% ../../nbs/training/44_training.ipynb #e4c3ac00
@@ -251,15 +268,23 @@ def complete(
     checkpoint_dir: str | Path | None = None,  # None is a hidden folder beside it, removed at the end; one that is given stays, see `remove_checkpoints`
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
+    gradient_checkpointing: bool = False,  # as of `train`
+    report_to: str | list[str] = "none",  # as of `train`
+    callbacks: Sequence["TrainerCallback"] = (),  # as of `train`
 ) -> Run:
     "Train a job's model, if there is anything to train, and write its adapter."
     if not job.method.trained:
         cost = {"train_seconds": 0.0, "examples_per_second": 0.0, "tokens_per_second": 0.0, "work": None}
         return _write_run(job, output_dir, _history([]), 0, job.validate(job.model)["score"], cost)
+    from ept.training.trainer import watchers  # slow to import
+
+    main, training = _processes(job).is_main_process, job.training
+    parts_of_batch(training.batch_size, training.micro_batch_size, _processes(job).num_processes)  # refuses what cannot be shared
+    watching = [*watchers(training, job.title if progress and main else None, report_to, output_dir.parent / "tensorboard" / output_dir.name), *callbacks]
     folder = Path(checkpoint_dir or output_dir.parent / f".{output_dir.name}-checkpoints")
-    with hold_checkpoints(folder):
-        run = _write_run(job, output_dir, *_run_trainer(job, folder, workers, progress))
-        if checkpoint_dir is None:
+    with hold_checkpoints(folder) if main else nullcontext():
+        run = _write_run(job, output_dir, *_run_trainer(job, folder, workers, gradient_checkpointing, watching))
+        if main and checkpoint_dir is None:
             remove_checkpoints(folder)
     return run
 
@@ -277,6 +302,9 @@ def train(
     source_prompts: dict | None = None,  # source task -> adapter folder of a `pt` run, "shared" -> what `share_prompt` has made; for methods that start from some
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
+    gradient_checkpointing: bool = False,  # keep the inputs of the backbone's layers alone and compute the rest twice: less memory, more time, the same numbers
+    report_to: str | list[str] = "none",  # trackers, as transformers' Trainer names them: "tensorboard" (in tensorboard/, beside the adapter), "wandb", "mlflow"
+    callbacks: Sequence["TrainerCallback"] = (),  # of transformers, called as its Trainer calls them; their states, where they have some, are in the checkpoints
 ) -> Run:
     "Train one prompt and write its adapter; a killed run resumes at its last checkpoint and ends with the same bits as one that was not interrupted."
     task, method = get_task(task), get_method(method)
@@ -286,4 +314,5 @@ def train(
     data = load_task(task, shots=training.shots or None, shots_seed=seed) if data is None else data
     encoder = Encoder(task, backbone.tokenizer, backbone.style, model.prompt_config.max_length, training.verbalizer)
     job = Job(task, method, seed, backbone, training, model, encoder, data, sources)
-    return complete(job, Path(output_dir or Path("adapters") / f"{task.name}-{method.name}-{seed}"), checkpoint_dir, workers, progress)
+    output_dir = Path(output_dir or Path("adapters") / f"{task.name}-{method.name}-{seed}")
+    return complete(job, output_dir, checkpoint_dir, workers, progress, gradient_checkpointing, report_to, callbacks)
