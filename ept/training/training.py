@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -45,9 +44,6 @@ from .inside import modules_moved
 from .purpose import Purpose, write_purpose
 from ..utils.files import whole_folder, write_atomic, write_json
 from ..utils.fingerprints import code_version
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
 # %% ../../nbs/training/44_training.ipynb #3feff652
 @dataclass
@@ -206,7 +202,7 @@ def _sources(task, method, sizes, backbone, source_prompts):
         raise ValueError(f"{task.name!r} is among its own source prompts; pass those of other tasks: {', '.join(sources_of(task.name))}")
     return read_sources(used, backbone.model, method.resolve(sizes)[0].short_length)
 
-# %% ../../nbs/training/44_training.ipynb #f7688283
+# %% ../../nbs/training/44_training.ipynb #e342b68e
 def _hash(values):
     "A hash of what JSON can hold."
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -216,7 +212,7 @@ def _processes(job):
     "The processes that train a job, as accelerate knows them."
     return PartialState(cpu=job.backbone.model.device.type == "cpu")
 
-
+# %% ../../nbs/training/44_training.ipynb #f7688283
 def _run_trainer(job, checkpoint_dir, workers, recompute, callbacks):
     "Train a job's model in place, from its last checkpoint if there is one; return history, chosen step and cost."
     from ept.training.trainer import PromptTrainer, optimizer_groups, trainer_arguments  # slow to import
@@ -270,7 +266,7 @@ def complete(
     progress: bool = True,  # show a bar
     gradient_checkpointing: bool = False,  # as of `train`
     report_to: str | list[str] = "none",  # as of `train`
-    callbacks: Sequence["TrainerCallback"] = (),  # as of `train`
+    callbacks: Sequence = (),  # as of `train`
 ) -> Run:
     "Train a job's model, if there is anything to train, and write its adapter."
     if not job.method.trained:
@@ -304,7 +300,7 @@ def train(
     progress: bool = True,  # show a bar
     gradient_checkpointing: bool = False,  # keep the inputs of the backbone's layers alone and compute the rest twice: less memory, more time, the same numbers
     report_to: str | list[str] = "none",  # trackers, as transformers' Trainer names them: "tensorboard" (in tensorboard/, beside the adapter), "wandb", "mlflow"
-    callbacks: Sequence["TrainerCallback"] = (),  # of transformers, called as its Trainer calls them; their states, where they have some, are in the checkpoints
+    callbacks: Sequence = (),  # transformers' TrainerCallbacks, called as its Trainer calls them; their states, where they have some, are in the checkpoints
 ) -> Run:
     "Train one prompt and write its adapter; a killed run resumes at its last checkpoint and ends with the same bits as one that was not interrupted."
     task, method = get_task(task), get_method(method)
