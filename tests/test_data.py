@@ -447,14 +447,7 @@ def test_excel_without_its_library_says_what_to_install(tmp_path, monkeypatch):
     [
         (dict(label="Urteil"), "or bring it anew if it was that before; or name the encoding that it is in: load_task(..., encoding='cp1252')"),
         (dict(label="Urteil", encoding="cp1252"), "the columns are ['Nr;Text;Urteil']; the cells seem to be separated by ';': load_task(..., sep=';')"),
-<<<<<<< HEAD
         (dict(sep=";", encoding="cp1252"), "which holds the labels; the columns are ['Nr', 'Text', 'Urteil']; name another one: load_task(..., label=...)"),
-=======
-        (
-            dict(sep=";", encoding="cp1252"),
-            "column 'label' is missing, which holds the labels; the columns are ['Nr', 'Text', 'Urteil']; name another one: load_task(..., label=...)",
-        ),
->>>>>>> 0735837 (Outputs of the training notebooks; cells of a length)
         (dict(sep=";;"), "sep is ';;'; it must be one character"),
         (dict(encoding="cp125"), "encoding is 'cp125', which Python does not know"),
         (dict(sheet="x"), "f.csv: sheet is 'x', which says nothing of such a table; leave it out"),
@@ -507,28 +500,15 @@ def test_what_misleads_is_said_aloud():
     rows = lambda labels, start=0: pd.DataFrame({"body": [f"b{start + i}" for i in range(len(labels))], "label": list(labels)})
     whole = {"train": rows("abc"), "validation": rows("abc", 10), "test": rows("abc", 20)}
     assert aloud(three, whole) == [] and aloud(three, rows("abc" * 10)) == []
-<<<<<<< HEAD
     (said,) = aloud(three, whole | {"train": rows("aab")})
     assert said == "task 'three': no training row has the label 'c', which is therefore not learned; give rows of it, or leave it out of the task's labels"
-=======
-    assert aloud(three, whole | {"train": rows("aab")}) == [
-        "task 'three': no training row has the label 'c', which is therefore not learned; give rows of it, or leave it out of the task's labels"
-    ]
->>>>>>> 0735837 (Outputs of the training notebooks; cells of a length)
     (said,) = aloud(three, whole | {"test": rows("aaa", 20)})
     assert said.startswith("task 'three': no test row has the label 'b', 'c', which is therefore not judged there; give more rows of it, or splits of your own")
     (said,) = aloud(three, dict.fromkeys(SPLITS, rows("b" * 7)) | {"validation": rows("abc", 10), "test": rows("abc", 20)})
     assert said == "task 'three': all 7 training rows have the label 'b', so that there is nothing to learn; give rows with other labels"
     (said,) = aloud(three, whole | {"test": rows("abcabc", 1)})
-<<<<<<< HEAD
     assert said.startswith("task 'three': 2 of 6 test rows have a text that stands in train or validation too, such as 'b1', so that the scores are too good")
     assert "frame.drop_duplicates(['body'])" in said
-=======
-    assert (
-        "2 of 6 test rows have a text that stands in train or validation too, such as 'b1', so that the scores are too good; leave out such rows, as frame.drop_duplicates(['body'])"
-        in said
-    )
->>>>>>> 0735837 (Outputs of the training notebooks; cells of a length)
     many = Task("many", ["body"], [f"l{i}" for i in range(30)])
     assert "'l2', 'l3', 'l4', 'l5', 'l6' and 23 more" in aloud(many, rows(["l0", "l1"] * 20))[0]
     assert aloud("rte", {split: hub_rows("rte", 4) for split in SPLITS}) == [], "nothing is said of a benchmark's own rows"
