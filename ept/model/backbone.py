@@ -83,7 +83,7 @@ def resolve_device(
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     there = ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
     if device == "auto":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpus else "cpu"  # each process of `accelerate launch` has a GPU of its own
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if gpus else "cpu"  # each process of `accelerate launch` has a GPU of its own
     try:
         found = torch.device(device)
         if found.type in ("cpu", "meta") or str(found) in there or (found.type == "cuda" and found.index is None and gpus):
