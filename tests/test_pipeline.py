@@ -169,7 +169,7 @@ def test_words_about_code_make_nothing_stale(clone, back):
 
 @pytest.mark.slow
 def test_a_changed_line_is_seen_by_the_stages_that_reach_it(clone, back):
-    edit(clone.root / "ept/training/evaluation.py", "predictions, labels = ", "predictions, labels = None or ")
+    edit(clone.root / "ept/training/evaluation.py", "metrics = score_task(", "metrics = None or score_task(")
     assert "plan:" in clone.call("-m", "dvc", "status")
     assert clone.due() == sorted(f"{t}:{s}" for t in TASKS for s in ("evaluate@pt-0", "evaluate@ept-0", "reference@frozen-0"))
 
