@@ -406,6 +406,7 @@ def campaign(
     folder,  # for the grids
     say,  # told of what happens
     make=Grid,  # the grid, or one in its place
+    keep=lambda result: None,  # given the result of each part at its end
 ):
     """Every part that was chosen: its name -> what has become of it, or why it was skipped."""
     say(f"seed {chosen.seed}, {chosen.kills} kills")
@@ -430,6 +431,7 @@ def campaign(
         say(f"{name}: {found[name] if isinstance(found[name], str) else f'{part.total} kills, {part.rounds} grids, {part.seconds:.0f} s, {len(part.problems)} problems'}")
         for problem in part.problems[:20]:
             say(f"{name}: PROBLEM {problem}")
+        keep(result_of({name: found[name]}, chosen.seed))
     return found
 
 
@@ -447,6 +449,11 @@ def surroundings():
     """The machine and the versions under which a campaign took place."""
     versions = {name: version(name) for name in ("dvc", "distributed", "dask-jobqueue", "torch", "transformers")}
     return {"cores": len(os.sched_getaffinity(0)), "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(), **versions}
+
+
+def result_of(found, seed):
+    """What is written down of a campaign, or of a part of it."""
+    return surroundings() | {"parts": {name: report(part, seed) for name, part in found.items()}}
 
 
 def counts_of(result):
@@ -493,16 +500,15 @@ def main(arguments=None):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     start, folder = time.monotonic(), chosen.folder or Path(tempfile.mkdtemp(prefix="torture-"))
     try:
-        found = campaign(chosen, folder, lambda text: print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True))
+        say = lambda text: print(f"[{time.monotonic() - start:5.0f} s] {text}", flush=True)
+        found = campaign(chosen, folder, say, keep=write if chosen.write else lambda result: None)
     finally:
         for process in below(folder):
             process.kill()
         if not chosen.folder:
             shutil.rmtree(folder, ignore_errors=True)
-    result = surroundings() | {"parts": {name: report(part, chosen.seed) for name, part in found.items()}}
+    result = result_of(found, chosen.seed)
     print(show(result))
-    if chosen.write:
-        write(result)
     return int(any(part.get("problems") for part in result["parts"].values()))
 
 
