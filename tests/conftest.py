@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -25,16 +26,30 @@ torch.set_num_threads(1)  # the models are tiny, and the tests have a process fo
 gc.freeze()  # the Trainer collects garbage at each start; half a second each time, if it has to go over all imported modules
 
 
-def pytest_collection_modifyitems(items):
-    """What `--dist loadgroup` gives to a worker at a time: a module whose tests share a fixture, or else the cases of one test.
+@cache
+def shared(path):
+    """Whether the tests of a module share a fixture."""
+    return 'scope="module"' in path.read_text(encoding="utf-8")
 
-    Modules come first, those with the most slow tests before all: what is left for the end is small, and no worker is alone with it.
-    """
+
+def pytest_collection_modifyitems(items):
+    """Modules that are run as a whole come first, those with the most slow tests before all: what is left for the end is small, and no worker is alone with it."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    shares = {path: 'scope="module"' in path.read_text(encoding="utf-8") for path in {item.path for item in items}}
+    shares = {path: shared(path) for path in {item.path for item in items}}
     items.sort(key=lambda item: (not shares[item.path], -slow[item.path]))
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if shares[item.path] else f"{item.path.stem}-{item.originalname}"))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """A worker takes a module whose tests share a fixture, or else the cases of one test."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition("::")
+            return path if shared(config.rootpath / path) else f"{path}::{test.partition('[')[0]}"
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

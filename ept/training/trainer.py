@@ -50,11 +50,12 @@ class PromptTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(self.groups)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, *, num_items_in_batch):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         "The loss of a part; those of all parts add up to that of the batch, as a mean over the processes, which is what the Trainer takes."
         out = model(**inputs, only_labelled=True)
-        share = inputs["labels"].ne(-100).sum() / num_items_in_batch  # of the batch's labelled tokens
-        loss = out.loss * (share * self.args.world_size)
+        loss = out.loss
+        if num_items_in_batch is not None:  # labelled tokens of the whole batch; where nothing says so, this is all of it
+            loss = loss * (inputs["labels"].ne(-100).sum() / num_items_in_batch * self.args.world_size)
         return (loss, out) if return_outputs else loss
 
     def training_step(self, *args, **options) -> torch.Tensor:
