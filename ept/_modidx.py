@@ -1481,6 +1481,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ept.utils.files._is_left': ('utils/files.html#_is_left', 'ept/utils/files.py'),
                                  'ept.utils.files._new': ('utils/files.html#_new', 'ept/utils/files.py'),
                                  'ept.utils.files._remove': ('utils/files.html#_remove', 'ept/utils/files.py'),
+                                 'ept.utils.files._sweep_beside': ('utils/files.html#_sweep_beside', 'ept/utils/files.py'),
                                  'ept.utils.files._sweep_one': ('utils/files.html#_sweep_one', 'ept/utils/files.py'),
                                  'ept.utils.files.replace_folder': ('utils/files.html#replace_folder', 'ept/utils/files.py'),
                                  'ept.utils.files.repository_root': ('utils/files.html#repository_root', 'ept/utils/files.py'),

@@ -158,6 +158,16 @@ def test_temporary_files_of_a_killed_process_are_swept_by_the_next(monkeypatch):
         assert not os.listdir(place) and tempfile.gettempdir() == place
 
 
+def test_the_folder_of_a_fork_server_stays_until_the_process_ends(monkeypatch):
+    """multiprocessing removes it itself then, and complains where it is gone; also after an error."""
+    with tempfile.TemporaryDirectory() as place:
+        monkeypatch.setattr(tempfile, "tempdir", place)
+        with pytest.raises(OSError, match="no room"), temporary_folder() as folder:
+            (folder / "pymp-1").mkdir()
+            raise OSError("no room")
+        assert (folder / "pymp-1").exists() and tempfile.gettempdir() == place
+
+
 # ---- one at a time ------------------------------------------------------------------------------------------------------
 
 

@@ -70,6 +70,12 @@ def _sweep_one(path):
     return False
 
 # %% ../../nbs/utils/00a_files.ipynb #a0f11e02
+def _sweep_beside(path):
+    "Remove what earlier processes have left beside a path."
+    for left in filter(_is_left, path.parent.glob(f".{glob.escape(path.name)}.*")):
+        _sweep_one(left)
+
+
 def _new(path, folder):
     "A new file or folder beside `path`, and a descriptor that holds it."
     while True:
@@ -86,8 +92,7 @@ def _new(path, folder):
 def _in_the_making(path, folder=False):
     "A new file or folder beside `path`, removed if what is done with it fails. What an earlier process has left there is swept."
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in filter(_is_left, path.parent.glob(f".{glob.escape(path.name)}.*")):
-        _sweep_one(left)
+    _sweep_beside(path)
     new, held = _new(path, folder)
     try:
         yield new
@@ -192,22 +197,24 @@ def temporary_folder() -> Iterator[Path]:
     if len(str(place)) > 45:  # the longest name of a socket is 107 characters
         yield place
         return
-    with _in_the_making(place / f"ept-{os.getuid()}", folder=True) as new:
-        new.chmod(0o700)  # what is there is nobody else's business
-        tempfile.tempdir = os.environ["TMPDIR"] = str(new)
-        try:
-            yield new
-        finally:
-            tempfile.tempdir = usual[0]
-            if usual[1] is None:
-                del os.environ["TMPDIR"]
-            else:
-                os.environ["TMPDIR"] = usual[1]
-            if any(new.glob("pymp-*")):  # multiprocessing's, with the socket of a fork server; it removes that when this process ends
-                _hold(new)
-                Finalize(None, _remove, args=(new,), exitpriority=-200)  # after that
-            else:
-                _remove(new)
+    path = place / f"ept-{os.getuid()}"
+    _sweep_beside(path)
+    new, held = _new(path, folder=True)
+    new.chmod(0o700)  # what is there is nobody else's business
+    tempfile.tempdir = os.environ["TMPDIR"] = str(new)
+    try:
+        yield new
+    finally:
+        tempfile.tempdir = usual[0]
+        if usual[1] is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = usual[1]
+        if any(new.glob("pymp-*")):  # multiprocessing's, with the socket of a fork server; it removes that when this process ends
+            Finalize(None, _remove, args=(new,), exitpriority=-200)  # after that; it is held until then
+        else:
+            _remove(new)
+            os.close(held)
 
 # %% ../../nbs/utils/00a_files.ipynb #80ef24b9
 def repository_root(

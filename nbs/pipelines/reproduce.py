@@ -196,7 +196,7 @@ def main(arguments=None):
                 summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log"))
             if summary.complete and not chosen.fetch:
                 remove_ended(folder / "runs" / "checkpoints")
-    except (ValueError, FileNotFoundError, RuntimeError, DvcException) as error:
+    except (ValueError, OSError, RuntimeError, DvcException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:  # DVC has said what was wrong
