@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CALLED = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}  # imports whose distribution has another name
+CALLED = {"xdist": "pytest-xdist", "sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}  # imports whose distribution has another name
 OWN = {"ept", "tests", *(p.stem for folder in ("nbs", "nbs/pipelines", "bench") for p in (ROOT / folder).glob("*.py"))}
 NEVER_IMPORTED = {
     "openpyxl": "pandas reads Excel files with it",
@@ -33,7 +33,6 @@ NEVER_IMPORTED = {
     "ipykernel": "the kernel of every notebook",
     "ipywidgets": "bars of progress in notebooks",
     "nbdev": "make export, make test",
-    "pytest-xdist": "make test runs on several processes",
     "ruff": "make lint",
 }
 
