@@ -18,7 +18,7 @@ from tests.letters import below
 
 # What differs from time to time, and is no result: seconds, executed notebooks, what stages have printed, the times in journals of trials.
 VOLATILE = re.compile(r"(runs/(notebooks|costs|logs)/.*|runs/search/.*\.journal|(.*/)?dvc\.lock)")
-KEPT = re.compile(r"\.dvc/(tmp/(lock|rwlock|rwlock\.lock|btime|coordinator|(stages|locks)/.*)|cache/.*)|runs/logs/jobs/.*")  # kept from command to command
+KEPT = re.compile(r"\.dvc/(tmp/(lock|rwlock|rwlock\.lock|btime|coordinator|(stages|locks)/.*)|cache/.*)|runs/logs(/jobs/.*)?")  # kept from command to command
 CACHES = {".git", "__pycache__"}
 HOLDERS = {"coordinator", "worker", "fork server", "job"}  # with one of them goes what a stage has done and nobody has recorded
 END = re.compile(r": \d+\.\d s, see ")  # what a stage prints last

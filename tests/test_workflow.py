@@ -1,5 +1,7 @@
 """DVC's stages on the workers of Dask: the same locks and files as `dvc repro` makes, whatever is killed on the way."""
 
+import errno
+import json
 import os
 import re
 import signal
@@ -234,6 +236,36 @@ def test_other_commands_of_dvc_keep_from_a_running_stage_and_we_from_theirs(proj
         Stages(project.folder).begin("joined")
     assert project.reproduce().complete, "it waits for the other"
     assert by_hand.wait() == 0 and project.dvc("status", "-q").returncode == 0
+
+
+@pytest.mark.parametrize("where", ["a stage that runs", "a stage whose worker is not there"])
+def test_every_stage_lets_go_of_its_files_even_where_another_cannot(project, where, monkeypatch):
+    """On a full disk the first can't. What was held until the interpreter ends would start a thread there, and wait for it for ever."""
+    stages, tried = Stages(project.folder), []
+
+    def drop(name):
+        tried.append(name)
+        stages.begun.pop(name)[0].close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Never(Workers):
+        limit = 3
+
+        def submit(self, job):
+            if len(stages.begun) == 2 and where != "a stage that runs":
+                raise RuntimeError("no worker is there")
+            return Future()
+
+    class Full(Watch):
+        def tick(self):
+            if len(stages.begun) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stages, "drop", drop)
+    with pytest.raises(OSError, match="No space left"):
+        Coordinator(stages, lambda: Never(Cluster(gpus=0), project.setup), Full()).run()
+    assert len(tried) == 2 and not stages.begun
+    assert json.loads((project.folder / ".dvc" / "tmp" / "rwlock").read_text()) == {}
 
 
 def test_a_second_coordinator_is_told_who_the_first_is(project):

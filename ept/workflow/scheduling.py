@@ -161,10 +161,11 @@ class Coordinator:
                         self.watch.tick()
                 self.summary.stopped = stop.is_set()
             finally:
-                if self.running:
-                    self.workers.cancel(self.running.values())
-                for stage in self.running:
-                    self.stages.drop(stage)
+                with ExitStack() as each:  # lets go of its files, even where another can't: on a full disk
+                    for stage in list(self.stages.begun):
+                        each.callback(self.stages.drop, stage)
+                    if self.running:
+                        self.workers.cancel(self.running.values())
         self.summary.not_reached = self.schedule.after(self.summary.failed)
         self.watch.end(self.summary)
         return self.summary
