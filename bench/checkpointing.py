@@ -1,20 +1,24 @@
 """What gradient checkpointing saves: `python bench/checkpointing.py` measures a training step with it and without, each in a process of its own.
 
-The backbone has the shape of SmolLM2-135M and random weights; the prompt is that of `ept`. Prints a table and writes it, with what it was measured on,
-to bench/results/checkpointing/NAME.json. Memory is the peak of the process (of the GPU, where there is one) in a step, less what was held before it.
+The backbone has the shape of SmolLM2-135M and random weights; the prompt is that of `ept`. What is found, and on what, goes to
+bench/results/checkpointing/NAME.json and into bench/README.md. Memory is the peak of the process (of the GPU, where there is one) in a step, less what
+was held before it.
 """
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import contender
 
 RESULTS = Path(__file__).parent / "results" / "checkpointing"
+PAGE = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- checkpointing -->", "<!-- end of checkpointing -->"
 
 
 def measure(job):
@@ -28,6 +32,8 @@ def measure(job):
     model = contender.our_model(job["folder"], "ept", job["precision"]).train()
     pairs = contender.texts(contender.VOCABULARY[job["shape"]], [job["length"]] * job["batch_size"])
     batch = {name: rows.to(model.backbone.device) for name, rows in collate(*map(list, zip(*pairs)), model.family, 0).items()}
+    for weight in model.parameters():
+        weight.sum()  # weights are mapped from their file, and take memory when they are first used
     with gradient_checkpointing(model.backbone, job["checkpointing"]):
         contender.forget_peak()
         before = contender.peak_bytes()
@@ -45,6 +51,41 @@ def run(job):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def show(found):
+    "What was found, as Markdown."
+    lines = [
+        f"Measured on {found['date']}: {found['device']}, PyTorch {found['torch']}; {found['shape']} shape, batches of {found['batch_size']}, {found['precision']}.",
+        "",
+        "| tokens of each text | memory of a step | with gradient checkpointing | share | loss and gradient |",
+        "|---:|---:|---:|---:|---|",
+    ]
+    for length in sorted({step["length"] for step in found["steps"]}):
+        off, on = sorted((step for step in found["steps"] if step["length"] == length), key=lambda step: step["checkpointing"])
+        same = "the same" if (off["loss"], off["gradient"]) == (on["loss"], on["gradient"]) else "differ"
+        sizes = [step["step_bytes"] / 1e9 for step in (off, on)]
+        lines.append(f"| {length} | {sizes[0]:.2f} GB | {sizes[1]:.2f} GB | {sizes[1] / sizes[0]:.2f} | {same} |")
+    return "\n".join(lines)
+
+
+def write_page(found):
+    "Put what was found into bench/README.md."
+    text = PAGE.read_text()
+    before, rest = text.split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{show(found)}\n\n{END}{rest.split(END)[1]}")
+
+
+def device():
+    "The name of the GPU; or of the processor, with the number of threads."
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    from bench import processor
+
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {processor()['name']}"
+
+
 def main():
     "All measurements, one after another."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -53,15 +94,15 @@ def main():
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256], help="tokens of each text")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="float32")
+    parser.add_argument("--show", type=Path, help="measure nothing, put this result into bench/README.md")
     parser.add_argument("--job", help="one measurement, as JSON; used by the program itself")
     chosen = parser.parse_args()
     if chosen.job:
-        print(json.dumps(measure(json.loads(chosen.job))))
-        return
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    found = {"shape": chosen.shape, "batch_size": chosen.batch_size, "precision": chosen.precision, "device": device, "torch": torch.__version__, "steps": []}
+        return print(json.dumps(measure(json.loads(chosen.job))))
+    if chosen.show:
+        return write_page(json.loads(chosen.show.read_text()))
+    setting = {name: getattr(chosen, name) for name in ("shape", "batch_size", "precision")}
+    found = {"date": str(date.today()), "device": device(), "torch": version("torch"), **setting, "steps": []}
     with tempfile.TemporaryDirectory() as folder:
         contender.backbone({"shape": chosen.shape, "folder": folder})
         for length in chosen.lengths:
@@ -72,6 +113,8 @@ def main():
                 print(f"L = {length}, gradient checkpointing {'on ' if on else 'off'}: {last['step_bytes'] / 1e9:.2f} GB a step, loss {last['loss']:.6f}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{chosen.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_page(found)
+    return print(show(found))
 
 
 if __name__ == "__main__":

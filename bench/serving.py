@@ -207,7 +207,7 @@ def show(result):
     "A result as Markdown."
     setting, machine = result["setting"], result["machine"]
     alone = "" if setting["alone"] else " Other work ran on the same machine: ratios are of rounds side by side, the rates mean nothing."
-    where = f"{setting['cores']} cores of {machine['processor']}, PyTorch {machine['torch']}"
+    where = f"{setting['cores']} cores of {machine['processor']['name']}, PyTorch {machine['torch']}"
     lines = [
         f"Measured on {result['date']}: {where}; {setting['tasks']} tasks on the {setting['shape']} shape, precision {setting['precision']}, {setting['rounds']} rounds.{alone}",
         "",
@@ -230,13 +230,6 @@ def write_page(result):
     PAGE.write_text(f"{before}{BEGIN}\n\n{show(result)}\n\n{END}{rest.split(END)[1]}")
 
 
-def processor():
-    "What the processor calls itself."
-    from bench import processor
-
-    return processor()
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SIZES, default="smollm2", help="of the backbone")
@@ -256,6 +249,7 @@ def main(arguments=None):
         return write_page(json.loads(options.show.read_text()))
     import torch
 
+    from bench import processor
     from contender import backbone
 
     with tempfile.TemporaryDirectory() as folder:

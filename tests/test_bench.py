@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
 
 import bench  # noqa: E402
+import checkpointing  # noqa: E402
 import contender  # noqa: E402
 import paper  # noqa: E402
 import scaling  # noqa: E402
@@ -118,6 +119,15 @@ def test_page_shows_what_serving_costs(file):
     assert serving.show(found) in page, f"run: python bench/serving.py --show {file.relative_to(ROOT)}"
     assert set(found["memory_bytes"]) == set(serving.WAYS) and found["largest_difference"] >= 0
     assert all(ways["processes"]["times_processes"]["median"] == 1 for ways in found["waiting"].values())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bench" / "results" / "checkpointing").glob("*.json")), ids=lambda f: f.stem)
+def test_page_shows_what_gradient_checkpointing_saves(file):
+    found = json.loads(file.read_text())
+    assert checkpointing.show(found) in (ROOT / "bench" / "README.md").read_text(), f"run: python bench/checkpointing.py --show {file.relative_to(ROOT)}"
+    for length in {step["length"] for step in found["steps"]}:
+        off, on = sorted((step for step in found["steps"] if step["length"] == length), key=lambda step: step["checkpointing"])
+        assert on["step_bytes"] < off["step_bytes"] and (on["loss"], on["gradient"]) == (off["loss"], off["gradient"])
 
 
 # ---- grids --------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import pytest
 
 from ept import compare, load_backbone, load_task, task_of_table
 from ept.training.config import TrainingConfig
-from ept.use.command import main, parser
+from ept.training.training import complete
+from ept.use import comparing
+from ept.use.command_line import main, parser
 from ept.use.comparing import method_differences, method_scores
 from tests.conftest import MODELS, byte_tokenizer
 
@@ -105,7 +107,7 @@ def test_help_teaches_every_command(capsys):
         assert all(action.help for action in command._actions), name
         (example,) = [line.split()[1:] for line in text.splitlines() if line.startswith(f"  ept {name} ")][:1]
         assert parser().parse_args(example).command == name, "the example is one that is understood"
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["ept"] == "ept.use.command:main"
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["ept"] == "ept.use.command_line:main"
 
 
 def test_methods_are_compared_on_the_same_rows(place, tmp_path):
@@ -120,3 +122,37 @@ def test_methods_are_compared_on_the_same_rows(place, tmp_path):
     assert differences.difference["bitfit"] == pytest.approx(scores.score["pt"] - scores.score["bitfit"])
     recorded = [json.loads((tmp_path / f"mail-pt-{seed}" / "evaluation.json").read_text())["scores"][0]["value"] for seed in (0, 1)]
     assert scores.score["pt"] == pytest.approx(sum(recorded) / 2)
+
+
+def test_a_comparison_that_was_stopped_trains_no_finished_run_again(place, tmp_path, monkeypatch):
+    frame = pd.read_csv(place / "mail.csv")
+    task = task_of_table(frame, ["message"], "desk", "mail")
+    data, backbone = load_task(task, frame, label="desk"), load_backbone(str(place / "model"))
+    sizes, trained = dict(prompt_length=40, short_length=6, max_length=64, spaces=2, space_width=1, fusion_width=1), []
+
+    def train_some(job, folder, **options):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(folder.name)
+        return complete(job, folder, **options)
+
+    def run(steps=1, rows=data):
+        return compare(task, ["pt", "frozen"], backbone, rows, [0, 1], tmp_path, TrainingConfig(steps=steps, batch_size=2, evaluate_every=1), sizes, progress=False)
+
+    monkeypatch.setattr(comparing, "complete", train_some)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert trained == ["mail-pt-0", "mail-pt-1", "mail-frozen-0"]
+    adapter = (tmp_path / "mail-pt-0" / "adapter_model.safetensors").read_bytes()
+    trained[:] = [""]
+    again = run().runs
+    assert trained == ["", "mail-frozen-1"] and (tmp_path / "mail-pt-0" / "adapter_model.safetensors").read_bytes() == adapter
+    whole = run().runs
+    assert trained == ["", "mail-frozen-1"], "all are finished"
+    for column in ("method", "seed", "score", "chosen_step", "trainable_parameters", "train_seconds", "precision"):
+        assert whole[column].tolist() == again[column].tolist()
+    for changed in (dict(steps=2), dict(rows=data | {"train": data["train"].select(range(20))})):
+        trained[:] = ["", ""]
+        with pytest.raises(KeyboardInterrupt):
+            run(**changed)
+        assert trained[2:] == ["mail-pt-0"], "another training, or other rows: nothing is taken over"

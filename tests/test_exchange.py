@@ -195,3 +195,11 @@ def test_a_prompt_of_the_decoder_is_refused(tmp_path):
     peft.get_peft_model(tiny_t5(), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="10 rows for 5 prompt tokens; prompts of the decoder are not supported"):
         import_peft(tiny_t5(), tmp_path)
+
+
+def test_an_exported_prompt_names_its_backbone_as_the_hub_does(tmp_path):
+    backbone = tiny_llama()
+    for name, known in (("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("t5-base", "google-t5/t5-base"), ("org/model", "org/model"), ("../mine", "../mine")):
+        backbone.config._name_or_path = name
+        export_peft(build_method("pt", backbone, **SIZES), tmp_path / "peft")
+        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == known

@@ -1,6 +1,8 @@
 """An adapter goes to the hub with a card that says what its files say, and comes back by its name; the hub is a stand-in on this machine."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
@@ -11,7 +13,7 @@ from ept import Classifier, EPTModel, Task, TrainingConfig, evaluate, load_backb
 from ept.methods.registry import build_method
 from ept.model.hub import find_adapter
 from ept.training.evaluation import Evaluation
-from ept.training.purpose import Purpose, write_purpose
+from ept.training.purpose import Purpose, read_purpose, write_purpose
 from ept.use.card import model_card
 from ept.use.records import describe
 from tests.conftest import MODELS, byte_tokenizer, tiny_backbone
@@ -120,6 +122,23 @@ def test_what_the_hub_does_not_have_is_said(hub, made):
     push_to_hub(made[0], "me/desk", backbone="own/model")
     with pytest.raises(FileNotFoundError, match="does not deliver it at revision 'v9'"):
         find_adapter("me/desk", "v9")
+
+
+def test_an_adapter_of_the_hub_is_evaluated_as_it_was_trained(hub, made, tmp_path):
+    """Its own task, length and wording, which stand in its `task.json`."""
+    adapter, model, rows = made
+    copy, backbone, data = shutil.copytree(adapter, tmp_path / "copy"), load_backbone(str(model)), {"test": rows}
+    write_purpose(copy, replace(read_purpose(copy), max_length=24, verbalizer="digits"))
+    push_to_hub(copy, "me/desk", backbone="own/model")
+    expected = evaluate(EPTModel.from_pretrained(backbone.model, adapter), DESK, backbone, data, max_length=24, verbalizer="digits")
+    seen = []
+    for name, task in (("me/desk", None), ("me/desk", DESK), (copy, None)):
+        found = evaluate(name, task, backbone, data)
+        assert (found.task, found.predictions) == ("desk", expected.predictions)
+        seen.append(found.predictions)
+    assert evaluate(adapter, DESK, backbone, data).predictions not in seen, "or else nothing was tested"
+    with pytest.raises(FileNotFoundError, match="does not deliver it at revision 'v9'"):
+        evaluate("me/desk", None, backbone, data, revision="v9")
 
 
 # ---- the card

@@ -126,7 +126,7 @@ LONG_CELLS = {
     **dict.fromkeys(["data.tasks.Task", "methods.registry.ROLES", "grid.profiles.Paths"], FIELDS),
     **dict.fromkeys(["prompt.base.Prompt", "methods.attempt.PromptMixture", "training.trainer.PromptTrainer"], OVERRIDES),
     "use.classifier.Classifier": "one class whose methods are read together: how it is loaded, and how it answers",
-    "use.command._EXAMPLES": "texts for people, one for each command",
+    "use.command_line._EXAMPLES": "texts for people, one for each command",
 }
 
 

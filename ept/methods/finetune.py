@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .registry import Method, register
 from ..model.adaptation import Adaptation, copy_structure
+from ..model.weights import quantised_by
 
 # %% ../../nbs/methods/38_finetune.ipynb #2b9d15d1
 @dataclass(frozen=True)
@@ -23,7 +24,12 @@ class AllWeights(Adaptation):
     precision = "float32"
 
     def adapt(self, backbone: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-        "A copy whose every weight can be trained."
+        "A copy whose every weight can be trained; `ValueError` where they are quantised."
+        if library := quantised_by(backbone):
+            raise ValueError(
+                f"this method trains every weight, and those of the backbone are quantised by {library}; load it without quantization_config,"
+                " or choose a method that leaves them as they are, such as ept or lora"
+            )
         return copy_structure(backbone, {id(p): nn.Parameter(p.detach().clone().float()) for p in backbone.parameters()})
 
     def num_parameters(self, backbone: PreTrainedModel) -> int:

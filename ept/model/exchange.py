@@ -16,7 +16,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .backbone import family_of
+from .backbone import family_of, hub_id
 from .families import FAMILIES
 from .modeling import EPTModel
 from .saving import check_numbers
@@ -136,10 +136,10 @@ def export_peft(
     if offset is not None or not len(prompt):
         reason = "it has an offset by position" if offset is not None else "it has no tokens"
         raise ValueError(f"PEFT's prompt tuning cannot hold this prompt: {reason}; train method 'pt', 'respt' or 'mpt', or EPT with rank=0")
-    folder, backbone = Path(folder), model.backbone
+    folder, backbone, name = Path(folder), model.backbone, getattr(model.backbone.config, "_name_or_path", "")
     write_atomic(folder / "adapter_model.safetensors", save_safetensors({"prompt_embeddings": prompt.float().cpu().contiguous()}))
     write_json(folder / "adapter_config.json", {
-        "peft_type": "PROMPT_TUNING", "task_type": model.architecture.peft_task_type, "base_model_name_or_path": getattr(backbone.config, "_name_or_path", ""),
+        "peft_type": "PROMPT_TUNING", "task_type": model.architecture.peft_task_type, "base_model_name_or_path": hub_id(name) or name,
         "inference_mode": True, "num_virtual_tokens": len(prompt), "token_dim": prompt.shape[1], "num_transformer_submodules": 1,
         "num_attention_heads": backbone.config.num_attention_heads, "num_layers": backbone.config.num_hidden_layers,
         "prompt_tuning_init": "RANDOM",

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMER', 'FORMAT_VERSION', 'PRECISIONS', 'FIRST_READING', 'find_kind', 'sizes_of', 'BackboneRecord', 'AdapterRecord',
-           'describe_backbone', 'adapter_digest', 'check_numbers', 'write_adapter', 'read_adapter', 'check_backbone',
-           'check_shapes']
+           'describe_backbone', 'adapter_digest', 'check_numbers', 'write_adapter', 'read_adapter', 'read_record',
+           'check_backbone', 'check_shapes']
 
 # %% ../../nbs/model/24_saving.ipynb #e10d7141
 import hashlib
@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backbone import family_of
-from .weights import fingerprint, has_weights
+from .weights import fingerprint, has_weights, quantised_by, quantization_of
 from ..prompt.base import KINDS
 from ..utils.checking import from_dict
 from ..utils.files import write_atomic, write_json
@@ -62,6 +62,14 @@ class BackboneRecord:
     fingerprint: str  # of the weights rounded to bfloat16; of a sample of them in format versions 1 and 2
     precision: str = ""  # number format of the weights in training; "" in format versions 1 and 2, as the next one
     exact: str = ""  # fingerprint of the weights in that precision
+    quantization: dict | None = None  # how the weights were quantised, see `quantization_of`; None where they were not
+
+    def precision_for(
+        self,
+        precision: str = "auto",  # see `resolve_precision`
+    ) -> str:
+        "The precision to load the backbone in: quantised weights depend on what they were made of, so that `auto` is that of training."
+        return self.precision if precision == "auto" and self.quantization else precision
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,15 @@ class AdapterRecord:
     sha256: str  # of the tensors' file alone in format versions 1 and 2
     extra: dict | None = None  # sizes of a kind that has some
 
-
+# %% ../../nbs/model/24_saving.ipynb #24dsc01c
 def describe_backbone(
     backbone: PreTrainedModel,  # without what a method has put into it
 ) -> dict:  # the fields of `BackboneRecord`
     "What an adapter records of a model."
     width, precision = backbone.get_input_embeddings().weight.shape[1], str(backbone.dtype).removeprefix("torch.")
     name, prints = getattr(backbone.config, "_name_or_path", ""), (fingerprint(backbone), precision, fingerprint(backbone, exact=True))
-    return asdict(BackboneRecord(name, family_of(backbone), width, *prints))
+    record = asdict(BackboneRecord(name, family_of(backbone), width, *prints, quantization_of(backbone)))
+    return {name: value for name, value in record.items() if name != "quantization" or value}
 
 # %% ../../nbs/model/24_saving.ipynb #24sav002
 FORMAT_VERSION = 3
@@ -147,11 +156,7 @@ def read_adapter(
 ) -> tuple[AdapterRecord, dict[str, Tensor]]:  # the configuration; the tensors by name
     "The checked content of an adapter; `FileNotFoundError` or `ValueError` says what is missing or wrong."
     folder = Path(folder)
-    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
-    if missing:
-        raise FileNotFoundError(f"{folder} is not an adapter: {' and '.join(missing)} not found; give a folder written by save_pretrained")
-    said = _read_json(folder / "adapter_config.json")
-    record = _check_record(folder, said)
+    said, record = _read_record(folder)
     content = (folder / "adapter_model.safetensors").read_bytes()
     if record.sha256 != (adapter_digest(said, content) if record.format_version >= 3 else hashlib.sha256(content).hexdigest()):
         what = "adapter_config.json or adapter_model.safetensors" if record.format_version >= 3 else "adapter_model.safetensors"
@@ -162,6 +167,22 @@ def read_adapter(
         raise ValueError(f"{folder / 'adapter_model.safetensors'} is not a safetensors file ({error}); save the adapter again") from error
     check_numbers(tensors, folder)
     return record, tensors
+
+# %% ../../nbs/model/24_saving.ipynb #24rec01c
+def read_record(
+    folder: str | Path,  # written by `write_adapter`
+) -> AdapterRecord:
+    "The configuration of an adapter alone, without a look at its numbers; `FileNotFoundError` or `ValueError` says what is missing or wrong."
+    return _read_record(Path(folder))[1]
+
+
+def _read_record(folder):
+    "The configuration of an adapter, as it is written and as a record."
+    missing = [n for n in ("adapter_config.json", "adapter_model.safetensors") if not (folder / n).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} is not an adapter: {' and '.join(missing)} not found; give a folder written by save_pretrained")
+    said = _read_json(folder / "adapter_config.json")
+    return said, _check_record(folder, said)
 
 
 def _read_json(file):
@@ -208,6 +229,14 @@ def check_backbone(
     trained = f"{folder} was trained on {saved.name or 'a backbone'} ({saved.family}, width {saved.width})"
     if (saved.family, saved.width) != (family_of(backbone), width):
         raise ValueError(f"{trained}; this backbone is {family_of(backbone)} of width {width}: load the backbone it was trained on")
+    was, found = (saved.quantization or {}).get("quant_method"), quantised_by(backbone)
+    if not other_weights and was != found:
+        how = f"with quantization_config={saved.quantization} and precision={saved.precision!r}" if was else "without quantization_config"
+        raise ValueError(
+            f"{trained}, whose weights were {_quantised(was)}; this backbone's are {_quantised(found)}: load it {how}; from_pretrained(..., other_weights=True) takes this one"
+        )
+    if was:
+        trained += f" in {saved.precision}, quantised as {saved.quantization},"
     comparable = saved.exact and saved.precision == str(backbone.dtype).removeprefix("torch.")
     if not other_weights and not (has_weights(backbone, saved.fingerprint) and (not comparable or saved.exact == fingerprint(backbone, exact=True))):
         raise ValueError(
@@ -216,6 +245,11 @@ def check_backbone(
         )
 
 
+def _quantised(library):
+    "What has been done to weights, in words."
+    return f"quantised by {library}" if library else "not quantised"
+
+# %% ../../nbs/model/24_saving.ipynb #24shp01c
 def check_shapes(
     found: dict[str, Tensor],  # of an adapter
     wanted: dict[str, Tensor],  # of the model that its configuration makes

@@ -26,8 +26,10 @@ from ..data.resampling import interval as middle_of
 from ..data.tasks import ERRORS, Task, get_task
 from ..data.texts import text_values
 from ..model.backbone import Backbone
+from ..model.hub import find_adapter
 from ..model.modeling import EPTModel
 from .generation import answer
+from .purpose import read_purpose
 from ..utils.reading import read_json
 
 # %% ../../nbs/training/45_evaluation.ipynb #e14a58e3
@@ -113,27 +115,38 @@ def _repr_html_(self: Evaluation):
     table = self._answers()
     return f"<p><b>{html.escape(self.task)}</b> {self._summary()}</p>" + (table.to_html() if len(table) else "")
 
+# %% ../../nbs/training/45_evaluation.ipynb #45own001
+def _own_settings(folder):
+    "The task of an adapter, its longest text and the wording of its labels, each None where the folder does not say it."
+    if (folder / "task.json").exists():
+        purpose = read_purpose(folder)
+        return purpose.task, purpose.max_length, purpose.verbalizer
+    record = folder / "training.json"  # an adapter of an earlier version
+    said = read_json(record, "train the prompt again, or take a whole copy of its folder") if record.exists() else {}
+    return None, said.get("max_length"), said.get("training", {}).get("verbalizer")
+
 # %% ../../nbs/training/45_evaluation.ipynb #087e1530
 def evaluate(
-    adapter: str | Path | EPTModel,  # a folder written by `train`, or a model
-    task: str | Task,
+    adapter: str | Path | EPTModel,  # a folder written by `train`, "user/name" on the hub, or a model
+    task: str | Task | None,  # None is the one that the adapter's `task.json` names
     backbone: Backbone,
     data: DatasetDict | None = None,  # None loads the task from the embedded data
     split: str = "test",
     max_length: int | None = None,  # longest text in tokens; None is what training used
     verbalizer: str | None = None,  # "words" or "digits"; None is what training used
     progress: bool = False,  # show a bar
+    revision: str | None = None,  # of the adapter on the hub; None is the newest
 ) -> Evaluation:
     "Answer every example of a split, by ranking the labels or in words, and compute the task's metrics."
-    task, settings = get_task(task), {}
     if isinstance(adapter, EPTModel):
-        model = adapter
+        model, own = adapter, (None, None, None)
     else:
-        model = EPTModel.from_pretrained(backbone.model, adapter)
-        record = Path(adapter) / "training.json"
-        settings = read_json(record, "train the prompt again, or take a whole copy of its folder") if record.exists() else {}
-    max_length = max_length or settings.get("max_length") or model.prompt_config.max_length
-    verbalizer = verbalizer or settings.get("training", {}).get("verbalizer", "words")
+        folder = find_adapter(adapter, revision)
+        model, own = EPTModel.from_pretrained(backbone.model, folder), _own_settings(folder)
+    if task is None and own[0] is None:
+        raise ValueError("task is None, and the adapter has no task.json that names one; give the task")
+    task = get_task(own[0] if task is None else task)
+    max_length, verbalizer = max_length or own[1] or model.prompt_config.max_length, verbalizer or own[2] or "words"
     data = load_task(task) if data is None else data
     rows = data[split]
     encoder = Encoder(task, backbone.tokenizer, backbone.style, max_length, verbalizer)

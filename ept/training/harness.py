@@ -18,8 +18,9 @@ from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 
 from ..model.backbone import Backbone, load_backbone
+from ..model.hub import find_adapter
 from ..model.modeling import EPTModel
-from ..model.saving import read_adapter
+from ..model.saving import read_record
 from .batching import collate
 from .ranking import batches_by_length
 
@@ -27,13 +28,21 @@ from .ranking import batches_by_length
 logger = logging.getLogger(__name__)
 
 
+def _load(adapter, name, device, precision, revision):
+    "The backbone of a name, or that an adapter records; its weights quantised as they were in training."
+    if isinstance(adapter, EPTModel):
+        return load_backbone(name, device, precision, revision)
+    trained = read_record(find_adapter(adapter)).backbone
+    return load_backbone(name or trained.name, device, trained.precision_for(precision), revision, trained.quantization)
+
+# %% ../../nbs/training/49_harness.ipynb #49har21c
 @register_model("ept")
 class AdapterLM(HFLM):
     "An adapter on its backbone, as lm-evaluation-harness sees a model."
 
     def __init__(
         self,
-        adapter: str | Path | EPTModel,  # a folder written by `save_pretrained`, or a model
+        adapter: str | Path | EPTModel,  # a folder written by `save_pretrained`, "user/name" on the hub, or a model
         backbone: str | Backbone | None = None,  # see `load_backbone`; None is the name that the adapter records
         revision: str | None = None,  # of the backbone, a commit on the hub
         precision: str = "auto",  # of the backbone, see `resolve_precision`
@@ -42,8 +51,7 @@ class AdapterLM(HFLM):
         **options,  # of `lm_eval.models.huggingface.HFLM` for a model that is loaded already
     ):
         if not isinstance(backbone, Backbone):
-            name = backbone or read_adapter(adapter)[0].backbone.name
-            backbone = load_backbone(name, device or "auto", precision, revision)
+            backbone = _load(adapter, backbone, device or "auto", precision, revision)
         model = adapter if isinstance(adapter, EPTModel) else EPTModel.from_pretrained(backbone.model, adapter)
         self.adapter_type = "ept" if model.folded else (model.adaptation or model.prompt).kind
         self.prompted = model if model.adaptation or model.reads_text else model.fold()

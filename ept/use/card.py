@@ -13,19 +13,13 @@ from pathlib import Path
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..model.backbone import SOURCES
+from ..model.backbone import hub_id
 from .records import Description, describe
 
 # %% ../../nbs/use/66a_card.ipynb #66crd006
-def _hub_id(name):
-    "The hub's name of a backbone; None where it has none."
-    name = SOURCES[name].hub if name in SOURCES else name
-    return name if name and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).exists() else None
-
-
 def _metadata(said):
     "What machines read of a card, as YAML."
-    base = _hub_id(said.purpose.backbone.name)
+    base = hub_id(said.purpose.backbone.name)
     values = {"library_name": "ept", "pipeline_tag": "text-generation" if said.purpose.task.generation else "text-classification", "tags": ["ept", "prompt-tuning", said.method]}
     return yaml.safe_dump(values | ({"base_model": base} if base else {}), sort_keys=False, allow_unicode=True).strip()
 

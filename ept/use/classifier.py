@@ -18,6 +18,7 @@ from ..data.tasks import Task
 from ..model.backbone import Backbone, load_backbone
 from ..model.hub import find_adapter
 from ..model.modeling import EPTModel
+from ..model.saving import read_record
 from ..training.generation import answer
 from ..training.purpose import Purpose, read_purpose
 from ..training.ranking import predict, rank_labels
@@ -81,8 +82,9 @@ class Classifier:
     ) -> "Classifier":
         "Prompt and backbone, ready to answer; an error before that says what is missing, or does not belong together."
         folder = find_adapter(name, revision)
-        purpose = read_purpose(folder)
-        backbone = backbone or load_backbone(purpose.backbone.name, device, precision, purpose.backbone.revision)
+        purpose, trained = read_purpose(folder), read_record(folder).backbone
+        if backbone is None:
+            backbone = load_backbone(purpose.backbone.name, device, trained.precision_for(precision), purpose.backbone.revision, trained.quantization)
         return cls(EPTModel.from_pretrained(backbone.model, folder, other_weights), backbone, purpose)
 
     def encode(

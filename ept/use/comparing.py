@@ -20,8 +20,24 @@ from ..model.backbone import Backbone
 from ..report.results import ScoreTable
 from ..training.config import TrainingConfig
 from ..training.evaluation import evaluate
-from ..training.training import train
+from ..training.training import Run, complete, make_job, work_of
 from .records import save_evaluation
+from ..utils.files import write_json
+from ..utils.reading import read_json
+
+# %% ../../nbs/use/68_comparing.ipynb #5e59e5de
+def _run(job, folder, progress):
+    "The run of a job: the one in its folder, if that did the same work, or else a new one."
+    record, work = folder / "comparison.json", work_of(job)
+    again = "remove it, and the run is trained again"
+    if record.exists() and (said := read_json(record, again, ("work", "cost")))["work"] == work:
+        known = read_json(folder / "training.json", again, ("chosen_step", "validation_score", "trainable_parameters"))
+        history = pd.read_csv(folder / "history.csv")
+        found = (known[name] for name in ("chosen_step", "validation_score", "trainable_parameters"))
+        return Run(job.task.name, job.method.name, job.seed, folder, history, *found, job.config, said["cost"])
+    run = complete(job, folder, progress=progress)
+    write_json(record, {"work": work, "cost": run.cost})
+    return run
 
 # %% ../../nbs/use/68_comparing.ipynb #68cmp005
 def compare(
@@ -35,7 +51,7 @@ def compare(
     sizes: dict | None = None,  # see `train`; the same for all methods
     progress: bool = True,  # show bars
 ) -> ScoreTable:
-    "Train and evaluate methods on the same rows; `ValueError` before the first step for a method that is unknown or needs other runs."
+    "Train and evaluate methods on the same rows, runs that are finished already not again; `ValueError` before the first step for a method that is unknown or needs other runs."
     task, runs = check_kind(get_task(task), RANKED, "compare"), []
     for method in map(get_method, methods):
         if method.sources:
@@ -44,7 +60,7 @@ def compare(
         raise ValueError(f"methods are {list(methods)} and seeds {list(seeds)}; give at least two methods and one seed, each once")
     for method in methods:
         for seed in seeds:
-            run = train(task, method, seed, backbone, data, Path(output_dir) / f"{task.name}-{method}-{seed}", training=training, sizes=sizes, progress=progress)
+            run = _run(make_job(task, method, seed, backbone, data, training, sizes), Path(output_dir) / f"{task.name}-{method}-{seed}", progress)
             runs.append(_row(task, run, backbone, data))
     origin = DataChoice("benchmark" if task.name in TASKS else "own")
     own = {} if task.name in TASKS else {task.name: task}

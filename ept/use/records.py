@@ -152,7 +152,8 @@ def facts(
         known["backbone"] = origin.name + (f", revision {origin.revision}" if origin.revision else "")
     else:
         known["backbone"] = adapter.backbone.name
-    known["backbone"] += f" ({adapter.backbone.family}, width {adapter.backbone.width})"
+    quantised = f", in {adapter.backbone.precision}, quantised by {adapter.backbone.quantization['quant_method']}" if adapter.backbone.quantization else ""
+    known["backbone"] += f" ({adapter.backbone.family}, width {adapter.backbone.width}{quantised})"
     known["method"] = self.method + (", folded" if adapter.folded else "") + (f", seed {self.training['seed']}" if "seed" in self.training else "")
     known["prompt"] = f"{config['short_length']} tokens" + (f", and offsets for {config['max_length']} tokens of text" if config.get("rank") else "")
     known["size"] = f"{self.parameters:,} numbers, {self.size:,} bytes"
