@@ -2,7 +2,8 @@
 
 Importing PyTorch, transformers, DVC and the rest takes an interpreter up to five seconds. There are more than sixty notebooks to execute
 that then work for one or two, and the tests of the pipeline give some hundred commands to miniatures of the repository. What is forked
-has its own folder, environment, arguments and output, and imports the library that it finds there.
+has its own folder, environment, arguments and output, and imports the library that it finds there. A stage of DVC, which starts `python`
+by its name, is forked where `named_python()` comes first on the path.
 """
 
 import atexit
@@ -12,6 +13,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import struct
@@ -46,12 +48,40 @@ LIBRARIES = (
 
 @cache
 def _server():
-    "The socket on which the process that is forked is asked; there is one for this process, and it ends with it."
+    "The socket on which the process that is forked is asked, and a folder with one for others; there is one such process for this one, and it ends with it."
     ours, theirs = socket.socketpair()
+    folder = tempfile.mkdtemp(prefix="forks-", dir="/tmp")  # a socket's name has to be short
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("EPT_")}
-    subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], env=environment | STEADY, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-    theirs.close()
-    return ours
+    with theirs, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as named:
+        named.bind(os.path.join(folder, "asked"))
+        sockets = [theirs.fileno(), named.fileno()]
+        subprocess.Popen([sys.executable, __file__, *map(str, sockets)], env=environment | STEADY, stdin=subprocess.DEVNULL, pass_fds=sockets)
+    return ours, folder
+
+
+NAMED = """#!{python} -IS
+import json, os, socket, struct, sys
+asked, asking, status, told = *os.pipe(), *os.pipe()
+with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+    server.connect({socket!r})
+    socket.send_fds(server, [b"!"], [asked, 1, 2, told])
+os.close(asked), os.close(told)
+with open(asking, "w") as file:
+    json.dump([sys.argv[1:], os.getcwd(), dict(os.environ)], file)
+_, ended = os.read(status, 4), struct.unpack("i", os.read(status, 4))[0]
+sys.exit(ended) if ended >= 0 else os.kill(os.getpid(), -ended)
+"""
+
+
+@cache
+def named_python():
+    "A folder with a command `python` that has its work done in a forked process, and ends as that one does; what kills it leaves that one alone."
+    folder = _server()[1]
+    file = os.path.join(folder, "python")
+    with open(file, "w") as written:
+        written.write(NAMED.format(python=sys.executable, socket=os.path.join(folder, "asked")))
+    os.chmod(file, 0o755)
+    return folder
 
 
 class Process:
@@ -65,7 +95,7 @@ class Process:
             json.dump([list(map(str, command)), str(cwd), dict(env)], asked)
             asked.seek(0)
             streams = [nothing if stream is subprocess.DEVNULL else stream for stream in (stdout, stderr)]
-            socket.send_fds(_server(), [b"!"], [file.fileno() for file in (asked, *streams)] + [theirs])
+            socket.send_fds(_server()[0], [b"!"], [file.fileno() for file in (asked, *streams)] + [theirs])
         os.close(theirs)
         self.pid, self.returncode = self._told(), None
 
@@ -145,20 +175,21 @@ def _child(asked, streams):
         os._exit(status)  # taking a process apart that has imported PyTorch takes a second
 
 
-def _serve(asking):
-    "Fork for who asks on a socket, and tell how each process has ended, until nobody is there to ask."
+def _serve(*sockets):
+    "Fork for who asks on a socket, and tell how each process has ended, until nobody is there to ask on the first."
     running = {}
     while True:
-        if select.select([asking], [], [], 0.02 if running else None)[0]:
-            word, descriptors, *_ = socket.recv_fds(asking, 1, 4)
+        if ready := select.select(sockets, [], [], 0.02 if running else None)[0]:
+            word, descriptors, *_ = socket.recv_fds(ready[0], 1, 4)
             if not word:
                 break
             asked, *streams, status = descriptors
             if not (child := os.fork()):
-                for descriptor in (asking.fileno(), status, *running.values()):
+                for descriptor in (*(each.fileno() for each in sockets), status, *running.values()):
                     os.close(descriptor)
                 _child(asked, streams)
-            os.write(status, struct.pack("i", child))
+            with suppress(BrokenPipeError):  # who has asked is gone
+                os.write(status, struct.pack("i", child))
             running[child] = status
             for descriptor in (asked, *streams):
                 os.close(descriptor)
@@ -175,5 +206,12 @@ if __name__ == "__main__":
     del sys.path[0]  # the folder of this file is none of what is forked
     for library in LIBRARIES:
         importlib.import_module(library)
+    sys.modules["nbformat"].validate(sys.modules["nbformat"].v4.new_notebook())  # makes its validator
+    with suppress(ImportError):  # what from_pretrained asks first compiles a thousand patterns
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+        get_checkpoint_conversion_mapping("t5")
     gc.freeze()  # what is imported stays: a process's collections need not go over it, nor copy its pages
-    _serve(socket.socket(fileno=int(sys.argv[1])))
+    asked = [socket.socket(fileno=int(number)) for number in sys.argv[1:]]
+    _serve(*asked)
+    shutil.rmtree(os.path.dirname(asked[1].getsockname()), ignore_errors=True)

@@ -62,8 +62,9 @@ class Clone:
         return {**kept, "EPT_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
     def python(self, *command, folder):
-        """What `python command` does in a folder."""
-        return forks.run(*command, cwd=folder, env=self.environment())
+        """What `python command` does in a folder; the command is forked, and so is what it starts as `python`: DVC's stages."""
+        environment = self.environment()
+        return forks.run(*command, cwd=folder, env=environment | {"PATH": f"{forks.named_python()}{os.pathsep}{environment['PATH']}"})
 
     def call(self, *command, folder=None, fails=False):
         done = self.python(*command, folder=folder or self.root)

@@ -24,7 +24,9 @@ def test_a_command_answers_as_in_its_own_interpreter(tmp_path, end):
     asked = dict(cwd=tmp_path, env=os.environ | {"GIVEN": "x y"})
     theirs = subprocess.run([sys.executable, tmp_path / "script.py", "a b", "--c"], **asked, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     ours = forks.run(tmp_path / "script.py", "a b", "--c", **asked)
-    assert (ours.returncode, ours.stdout, ours.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
+    named = subprocess.run([os.path.join(forks.named_python(), "python"), tmp_path / "script.py", "a b", "--c"], **asked, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    for answer in (ours, named):
+        assert (answer.returncode, answer.stdout, answer.stderr) == (theirs.returncode, theirs.stdout, theirs.stderr)
 
 
 def test_an_error_is_told_and_a_module_is_run(tmp_path):
