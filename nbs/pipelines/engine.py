@@ -42,8 +42,7 @@ class _Shell(InteractiveShell):
     def __init__(self, **keywords):
         self.outputs = []
         super().__init__(**keywords)
-        for kind, draw in (("image/svg+xml", _svg), ("image/png", _png)):
-            self.display_formatter.formatters[kind].for_type_by_name("matplotlib.figure", "Figure", draw)
+        self.display_formatter.formatters["image/png"].for_type_by_name("matplotlib.figure", "Figure", _png)
 
     def init_history(self):
         super().init_history()
@@ -54,15 +53,8 @@ class _Shell(InteractiveShell):
         self.outputs.append(nbformat.v4.new_output("error", ename=etype.__name__, evalue=str(evalue), traceback=lines))
 
 
-def _svg(figure):
-    "A matplotlib figure as SVG."
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
-
 def _png(figure):
-    "A matplotlib figure as PNG, for those who show no SVG: JupyterLab in a notebook that it does not trust."
+    "A matplotlib figure as PNG, which is shown everywhere: JupyterLab shows no SVG of a notebook that it does not trust."
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", dpi=80, metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode()

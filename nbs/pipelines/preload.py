@@ -6,6 +6,7 @@ read again.
 """
 
 import gc
+from contextlib import suppress
 
 import stage
 
@@ -13,6 +14,7 @@ stage.prepare_process()
 
 import datasets  # noqa: E402, F401
 import matplotlib.backends.backend_svg  # noqa: E402, F401
+import nbformat  # noqa: E402
 import pandas  # noqa: E402, F401
 import papermill.execute  # noqa: E402, F401
 import scipy.stats  # noqa: E402, F401
@@ -23,6 +25,11 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5ForConditionalG
 import engine  # noqa: E402, F401
 from ept.utils.fingerprints import code_version  # noqa: E402
 
+nbformat.validate(nbformat.v4.new_notebook())  # makes its validator
+with suppress(ImportError):  # what from_pretrained asks first compiles a thousand patterns
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("t5")
 for module in ("ept.training.training", "ept.training.evaluation"):
     code_version(module)
 gc.freeze()  # what is imported stays: a stage's collections need not go over it, nor copy its pages
