@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import random
-from collections import Counter
+import signal
+import sys
 from functools import cache
 
 import pytest
@@ -17,11 +18,16 @@ from ept.model.backbone import Backbone
 from ept.model.saving import FIRST_READING, adapter_digest
 from ept.model.weights import sample_fingerprint
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # else each of some thousand processes compiles the library anew
+sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WIDTH, VOCABULARY = 32, 320
+NOTEBOOKS = "tests/test_notebooks.py"
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background; what the tests start is to end at Ctrl-C all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the models are tiny, and the tests have a process for each core: more threads would wait for each other
 gc.freeze()  # the Trainer collects garbage at each start; half a second each time, if it has to go over all imported modules
 
@@ -32,22 +38,25 @@ def shared(path):
     return 'scope="module"' in path.read_text(encoding="utf-8")
 
 
+@cache
+def place(path):
+    """Where in the order a module comes: with a grid of its own, with a fixture that its tests share, others. What is left for the end is small, and no worker is alone with it."""
+    return 0 if shared(path) and "Clone(" in path.read_text(encoding="utf-8") else 2 - shared(path)
+
+
 def pytest_collection_modifyitems(items):
-    """Modules that are run as a whole come first, those with the most slow tests before all: what is left for the end is small, and no worker is alone with it."""
-    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
-    shares = {path: shared(path) for path in {item.path for item in items}}
-    items.sort(key=lambda item: (not shares[item.path], -slow[item.path]))
+    items.sort(key=lambda item: place(item.path))
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """A worker takes a module whose tests share a fixture, or else the cases of one test."""
+    """A worker takes a module whose tests share a fixture, or else the cases of one test; but one notebook after the other."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path, _, test = nodeid.partition("::")
-            return path if shared(config.rootpath / path) else f"{path}::{test.partition('[')[0]}"
+            return path if shared(config.rootpath / path) else nodeid if path == NOTEBOOKS else f"{path}::{test.partition('[')[0]}"
 
     return Scheduling(config, log)
 
