@@ -18,6 +18,9 @@ DVC = [sys.executable, "-m", "dvc"]
 LETTERS = "abcd"
 
 
+HELD = "while ! test -e go; do sleep 0.05; done;"  # a stage with it goes on when there is a file `go`
+
+
 class Project:
     """A DVC project: a number is copied from a table for each letter, in a file of its own, and all are joined."""
 
@@ -63,8 +66,8 @@ def below(folder):
     return [p for p in found if p.pid != os.getpid()]
 
 
-def wait_until(holds, seconds=30):
-    """Wait for something to become true."""
+def wait_until(holds, seconds=120):
+    """Wait for something to become true; only where it does not, or the machine is very busy, does that take long."""
     deadline = time.monotonic() + seconds
     while not (found := holds()):
         assert time.monotonic() < deadline, "it did not come true"

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import threading
-import time
 from dataclasses import replace
 
 import pandas as pd
@@ -32,6 +31,7 @@ from ept.training.inside import modules_moved
 from ept.training.trainer import PromptTrainer, optimizer_groups
 from ept.training.training import train
 from tests.conftest import WIDTH, tiny_backbone
+from tests.letters import wait_until
 
 SIZES = dict(prompt_length=60, short_length=8, max_length=48, spaces=2, space_width=1, fusion_width=1)
 TASK = Task("colour", ("text",), ("no", "yes"), ("accuracy",))
@@ -415,7 +415,7 @@ def test_two_trainings_of_one_run_at_once_lose_nothing(interrupted, tmp_path, ca
     def slow(self, *arguments, **keywords):
         begun.set()
         steps.append(self.state.global_step)
-        time.sleep(0.2)
+        wait_until(lambda: any("at work" in record.getMessage() for record in caplog.records))  # until the second waits
         return step(self, *arguments, **keywords)
 
     monkeypatch.setattr(PromptTrainer, "training_step", slow)

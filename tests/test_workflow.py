@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from ept.workflow.mending import at_work, mend_locks
 from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch
 from ept.workflow.stages import Stages, keep_others_away, only_coordinator, with_entry
 from ept.workflow.workers import Job, Outcome, Setup, run_job
-from tests.letters import DVC, LETTERS, Project, below, one_pass, wait_until
+from tests.letters import DVC, HELD, LETTERS, Project, below, one_pass, wait_until
 
 
 @pytest.fixture
@@ -117,15 +118,16 @@ def test_with_one_worker_the_order_is_that_of_dvc(project, by_dvc):
     assert project.ran() == by_dvc.ran()
 
 
-def test_a_stage_begins_as_soon_as_what_it_needs_is_whole():
+def test_a_stage_begins_as_soon_as_what_it_needs_is_whole(monkeypatch):
     needs = {"a": set(), "b": set(), "c": {"a"}, "d": {"b", "c"}}
     schedule = Schedule(needs)
     assert (schedule.next(), schedule.next(), schedule.next()) == ("a", "b", None)
     schedule.done("a")
     assert (schedule.next(), schedule.next()) == ("c", None), "b is not done"
-    schedule.put_off("c", 0.05)
+    schedule.put_off("c", 100.0)
     assert schedule.next() is None
-    time.sleep(0.06)
+    later = time.monotonic() + 101
+    monkeypatch.setattr(time, "monotonic", lambda: later)
     assert schedule.next() == "c"
     schedule.done("c")
     schedule.done("b")
@@ -229,11 +231,12 @@ def test_other_commands_of_dvc_keep_from_a_running_stage_and_we_from_theirs(proj
     stages.drop("a")
     assert project.dvc("repro", "-q", "a").returncode == 0
 
-    (project.folder / "dvc.yaml").write_text((project.folder / "dvc.yaml").read_text().replace("cmd: cat", "cmd: sleep 4; cat"))
+    (project.folder / "dvc.yaml").write_text((project.folder / "dvc.yaml").read_text().replace("cmd: cat", f"cmd: {HELD} cat"))
     by_hand = subprocess.Popen([*DVC, "repro", "-q", "joined"], cwd=project.folder)
     wait_until(lambda: "joined" in (project.folder / ".dvc" / "tmp" / "rwlock").read_text())
     with pytest.raises(LockError):
         Stages(project.folder).begin("joined")
+    threading.Timer(1.0, (project.folder / "go").touch).start()
     assert project.reproduce().complete, "it waits for the other"
     assert by_hand.wait() == 0 and project.dvc("status", "-q").returncode == 0
 
@@ -293,7 +296,7 @@ def test_a_script_is_run_as_python_runs_it(tmp_path):
 def test_what_a_stage_has_started_ends_with_it(tmp_path):
     setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
     assert run_job(Job("a", (f"sleep 1000 & cd {tmp_path}; sleep 1001 &",), str(tmp_path)), setup).status == 0
-    wait_until(lambda: not below(tmp_path), 5)
+    wait_until(lambda: not below(tmp_path))
 
 
 PRELOADED = """
@@ -327,7 +330,7 @@ def test_the_fork_server_imports_the_modules_once_and_the_main_program_never(tmp
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PATH": f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as place:  # a short name, as the system's own has
         environment["TMPDIR"] = place
-        done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], env=environment, timeout=60, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], env=environment, timeout=300, capture_output=True, text=True)
         assert not os.listdir(place), "the socket of the fork server is gone"
     assert (done.returncode, done.stderr) == (0, ""), "a lock, as progress bars have one, is gone with its stage, and nobody warns of it"
     imported, stages = ((tmp_path / name).read_text().split("\n")[:-1] for name in ("imported", "stages"))
@@ -340,7 +343,7 @@ def test_a_fork_server_that_ends_is_nothing_that_the_stage_has_done(tmp_path):
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "costly.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     (tmp_path / "program.py").write_text(LOST)
-    done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], timeout=60, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py"), str(tmp_path)], timeout=300, capture_output=True, text=True)
     assert done.stdout.startswith("True its process was lost on "), done.stderr
 
 
@@ -397,7 +400,7 @@ def test_all_workers_of_a_scheduler_that_runs_already_are_used(tmp_path):
         LocalCluster(n_workers=3, threads_per_worker=2, processes=False, protocol="tcp://", dashboard_address=None, memory_limit=0) as cluster,
         DaskWorkers(Cluster(cluster.scheduler_address, workers=1, gpus=0), setup) as workers,
     ):
-        workers.client.wait_for_workers(3, timeout=30)
+        workers.client.wait_for_workers(3, timeout=120)
         assert workers.limit == 2 * 3 * 2
 
 
@@ -423,13 +426,14 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path, by_dvc):
 def test_a_coordinator_that_is_stopped_or_killed_leaves_nothing_behind_and_the_next_goes_on(tmp_path, by_dvc, how):
     root = tmp_path / "project"
     root.mkdir()
-    project = Project(root, slow="sleep 0.7;")
+    project = Project(root, slow=f"case $DVC_STAGE in c|d) {HELD}; esac;")
     command = one_pass(project, tmp_path / "pass.py")
     first = subprocess.Popen(command, start_new_session=True)
     wait_until(lambda: len(project.ran()) >= 2)
     first.send_signal(how)
-    assert first.wait(20) == (130 if how == signal.SIGINT else -how)
-    wait_until(lambda: not below(root), 10)
+    assert first.wait(120) == (130 if how == signal.SIGINT else -how)
+    wait_until(lambda: not below(root))
+    (root / "go").touch()
     recorded = [x for x in LETTERS if (root / "dvc.lock").exists() and f"  {x}:\n" in (root / "dvc.lock").read_text()]
     before = project.ran()
     assert subprocess.run(command).returncode == 0
@@ -546,9 +550,12 @@ def test_dvc_by_hand_beside_a_coordinator_loses_nothing_and_names_it(whole):
 def test_a_coordinator_waits_for_dvc_by_hand_and_finds_its_work_done(tmp_path):
     root = tmp_path / "project"
     root.mkdir()
-    project = Project(root, slow="sleep 0.5;")
+    project = Project(root, slow=HELD)
     by_hand = subprocess.Popen([*DVC, "repro", "-q"], cwd=root)
     wait_until(lambda: at_work(root))
-    done = subprocess.run(one_pass(project, tmp_path / "pass.py"), capture_output=True, text=True)
-    assert done.returncode == 0 and f"process {by_hand.pid} (" in done.stdout and "this one waits for its end" in done.stdout
-    assert by_hand.wait(1) == 0 and sorted(project.ran()) == [*LETTERS, "joined"], "nothing was made twice"
+    said = tmp_path / "said"
+    with open(said, "w") as file:
+        waiting = subprocess.Popen(one_pass(project, tmp_path / "pass.py"), env=os.environ | {"PYTHONUNBUFFERED": "1"}, stdout=file)
+    wait_until(lambda: f"process {by_hand.pid} (" in said.read_text() and "this one waits for its end" in said.read_text())
+    (root / "go").touch()
+    assert waiting.wait(120) == by_hand.wait(120) == 0 and sorted(project.ran()) == [*LETTERS, "joined"], "nothing was made twice"
