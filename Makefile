@@ -23,7 +23,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench scaling hours lint test test-quick test-slurm walk torture outputs export readme docs notebooks clean
+.PHONY: help install smollm2-weights reproduce mend status pipeline profile data backbone bench scaling hours lint test test-all test-slurm walk torture outputs export readme docs notebooks clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,11 +79,11 @@ lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how 
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-test: lint  ## ruff, then every test; one for each notebook compares its outputs with the committed ones
-	$(BIN)/python -m pytest $(WORKERS)
-
-test-quick: $(READY)  ## the tests that are not marked slow
+test: lint  ## ruff, then the tests; one for each notebook compares its outputs with the committed ones
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
+
+test-all: lint  ## the same, and the few tests marked slow, which are on a method or a backbone more
+	$(BIN)/python -m pytest $(WORKERS)
 
 test-slurm: $(READY)  ## the tests that need Slurm, on one that is started for them; it has to be installed
 	@$(BIN)/python tests/slurm.py check

@@ -155,7 +155,6 @@ def test_the_changelog_is_of_this_version():
     assert set(re.findall(r"(?m)^### (.+)$", changelog)) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-@pytest.mark.slow
 def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
     "Every module, template and py.typed; built from a copy, so that nothing is left beside the sources."
     copy = tmp_path / "copy"
@@ -214,7 +213,9 @@ def steps(job):
 def test_every_supported_python_and_system_is_tested():
     job = workflow("test")["jobs"]["test"]
     matrix = job["strategy"]["matrix"]
-    assert steps(job)[-1] == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
+    command, _, target = steps(job)[-1].partition(" ")
+    assert command == ".ci/run" and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert "schedule" in workflow("test")[True] and re.search(r"schedule.*release.* && 'test-all' \|\| 'test' ", target), "all tests every night and before a release"
     versions = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d", line)]
     assert matrix["python"] == versions and versions[0] == PROJECT["requires-python"].removeprefix(">=")
     assert {name.split("-")[0] for name in matrix["os"]} == {"ubuntu", "macos"}
@@ -234,7 +235,8 @@ def test_a_release_is_tested_built_and_published_without_a_password():
 def test_workflows_and_the_image_call_targets_that_exist():
     targets = set(re.findall(r"(?m)^([a-z][\w-]*):", (ROOT / "Makefile").read_text()))
     texts = [path.read_text() for path in [*(ROOT / ".github" / "workflows").glob("*.yml"), ROOT / "Dockerfile", ROOT / ".ci" / "run"]]
-    called = {name for text in texts for name in re.findall(r"\bmake[ \",]+([a-z][\w-]+)", re.sub(r"(?m)^\s*#(?! The repository).*$|install -y.*$", "", text))}
+    called = set(re.findall(r"'(test[\w-]*)'", steps(workflow("test")["jobs"]["test"])[-1]))
+    called |= {name for text in texts for name in re.findall(r"\bmake[ \",]+([a-z][\w-]+)", re.sub(r"(?m)^\s*#(?! The repository).*$|install -y.*$", "", text))}
     assert {"install", "test", "docs", "reproduce", "help"} <= called <= targets
 
 
