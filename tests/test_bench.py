@@ -102,7 +102,6 @@ def test_each_way_of_serving_answers_the_same(job):
     assert len({tuple(scores) for scores in apart}) == 7
 
 
-@pytest.mark.slow
 def test_a_process_serves(job):
     requests = serving.draw(waiting=4, tasks=2, seed=1, vocabulary=320)
     with serving.Server("bank", tasks=2, cores=1, folder=job["folder"], shape="tiny", precision="float32") as server:
@@ -133,7 +132,6 @@ def test_page_shows_what_gradient_checkpointing_saves(file):
 # ---- grids --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True], ids=["a file for each task", "one file"])
 def test_a_grid_is_made_and_measured_in_both_layouts(flat):
     with scaling.project({"tasks": 2, "methods": 2, "seeds": 1}, flat, work="sleep 0.1 && ") as root:

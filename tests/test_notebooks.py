@@ -10,7 +10,6 @@ import execute
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("notebook", execute.find([ROOT / "nbs"]), ids=lambda path: path.stem)
 def test_a_notebook_shows_what_is_committed(notebook):
     """Where the new outputs are right, `make outputs` keeps them."""

@@ -29,7 +29,6 @@ SHAPE = os.environ.get("EPT_TEST_SHAPE", "tiny")
 CHOSEN = ("multirc", "cb")  # a task whose rows belong together and are cut at another length than all others, and one that is searched on
 ROWS = 24  # of each split
 TINY = {"d_model": 128, "d_kv": 32, "d_ff": 128, "num_layers": 2, "num_heads": 4, "vocab_size": 320}  # wide enough for the sizes of the profile
-pytestmark = pytest.mark.slow
 
 
 def in_miniature(paper):

@@ -48,7 +48,6 @@ def transfers(clone):
     return clone.first
 
 
-@pytest.mark.slow
 def test_sources_are_trained_once_and_first(clone, transfers):
     assert len(transfers) == len(set(transfers)), "nothing is run twice"
     kept, starts = {f"source@{t}-{seed}" for t in TASKS for seed in (0, 7)}, ("search@pt", "search-transfer@spot", "search-like@mpt")
@@ -66,7 +65,6 @@ def test_sources_are_trained_once_and_first(clone, transfers):
         assert list(shared["config"]["source_prompts"]) == ["shared"] and shared["trainable_parameters"] == 60 * 32 + 60 + 32
 
 
-@pytest.mark.slow
 def test_source_prompts_are_trained_as_long_as_they_need(clone, transfers):
     """Longer than a run of the grid, and what came of it is written down."""
     run = json.loads((clone.root / "results/scores/cb-pt-0.json").read_text())
@@ -82,7 +80,6 @@ def test_source_prompts_are_trained_as_long_as_they_need(clone, transfers):
     assert not list((clone.root / "runs/checkpoints").glob("source-*")) and {p.name for p in (clone.root / "runs/sources/0").iterdir()} == {*TASKS, "shared"}
 
 
-@pytest.mark.slow
 def test_the_search_is_written_down_and_used(clone, transfers):
     for method in ("pt", "spot", "mpt"):
         found = search(clone, method)
@@ -96,12 +93,10 @@ def test_the_search_is_written_down_and_used(clone, transfers):
     assert len(re.findall(r"\] search (?:pt|spot|mpt): 2 trials, the best \d+\.\d with learning_rate 0\.\d+", clone.said)) == 3, "a line for each search"
 
 
-@pytest.mark.slow
 def test_a_second_time_searches_and_transfers_nothing(clone, transfers):
     assert clone.reproduce(jobs=1) == []
 
 
-@pytest.mark.slow
 def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
     """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
     clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
@@ -110,7 +105,6 @@ def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, t
     clone.write(WITH_TRANSFER)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("poison", [b"this is no parquet file", None], ids=["poisoned", "missing"])
 def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
     test, record = clone.root / "runs/data/cb/test.parquet", clone.root / "results/search/pt.json"
@@ -125,7 +119,6 @@ def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
     assert record.read_bytes() == before
 
 
-@pytest.mark.slow
 def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
     """The rate of one source task: everything on that task, what all share, and of the other task only what starts from them."""
     clone.write({**WITH_TRANSFER, "tasks": {"cola": {}, "cb": {"learning_rate": 0.2}}})
@@ -139,7 +132,6 @@ def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
     clone.write(WITH_TRANSFER)
 
 
-@pytest.mark.slow
 def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transfers):
     clone.write({**WITH_TRANSFER, "grid": {"methods": ["pt", "spot"], "seeds": [0]}, "search": {}})
     answer = clone.run("train", "--task", "cb", "--method", "spot", fails=True)
@@ -147,14 +139,12 @@ def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transf
     clone.write(WITH_TRANSFER)
 
 
-@pytest.mark.slow
 def test_training_without_a_search_says_what_to_do(clone, transfers):
     clone.write({**WITH_TRANSFER, "methods": {**WITH_TRANSFER["methods"], "bitfit": {}}})
     assert "run the search stage of bitfit first" in clone.run("train", "--task", "cb", "--method", "bitfit", fails=True)
     clone.write(WITH_TRANSFER)
 
 
-@pytest.mark.slow
 def test_wrong_parameters_stop_before_anything_trains(clone):
     clone.write({**PARAMETERS, "training": {**PARAMETERS["training"], "learning_rat": 0.1}})
     before = clone.files("runs/adapters")
@@ -172,17 +162,16 @@ def end_in_training(clone, key, step, command, how=signal.SIGKILL):
     pipe = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, *command], cwd=clone.root, env=clone.environment(), start_new_session=True, **pipe)
     folder = clone.root / "runs" / "checkpoints" / key
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not list(folder.glob(f"checkpoint-{step}/whole.json")):
         assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.01)
     os.killpg(process.pid, how)
-    said = process.communicate(timeout=10)[1]
+    said = process.communicate(timeout=120)[1]
     return sorted(p.name for p in folder.glob("checkpoint-*")), process.returncode, said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["pt", "ept"])
+@pytest.mark.parametrize("method", ["ept", pytest.param("pt", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(clone, method):
     """SIGKILL in the middle of training, under DVC; the next `dvc repro` finishes, adapter and metrics as if nothing had been."""
     key = f"cola-{method}-0"

@@ -293,6 +293,13 @@ def filled(tmp_path):
     return p, tmp_path
 
 
+@pytest.fixture
+def few_figures(monkeypatch):
+    """Reports have two figures: drawing all of them takes most of a report's time, and is asked of other tests."""
+    figures = {name: (*words, plot if name in ("scores", "time") else lambda table: None) for name, (*words, plot) in FIGURES.items()}
+    monkeypatch.setattr("ept.report.page.FIGURES", figures)
+
+
 def line(text, name):
     return next(row for row in text.splitlines() if row.startswith(f"| {name} |"))
 
@@ -427,7 +434,7 @@ def test_the_embedded_table_says_what_it_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["embedded", "benchmark"])
-def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_path):
+def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_path, few_figures):
     """A copy under another name says the same true things: whether its data are made up, and published scores beside real rows."""
     reports = {}
     for name in ("embedded-full", "smollm2-methods", "a-copy"):
@@ -505,7 +512,7 @@ def test_made_up_methods_have_the_roles_of_the_real_ones():
     assert made_up(methods=tuple(REGISTRY), tasks=("cola",), seeds=(0,)).roles == {name: method.role for name, method in REGISTRY.items()}
 
 
-def test_a_method_without_records_has_no_role_and_is_in_no_ranking(filled):
+def test_a_method_without_records_has_no_role_and_is_in_no_ranking(filled, few_figures):
     p, root = filled
     for task in ("cola", "cb"):
         Paths(p, root).record("scores", f"{task}-ept-0").unlink()
@@ -617,7 +624,7 @@ def test_a_report_says_what_its_times_were_measured_on(filled):
     assert math.isnan(table.overall().set_index("method")["time_of_pt"]["ept"]), "seconds of different processors are not compared"
 
 
-def test_other_seconds_for_the_same_work_change_no_file(filled):
+def test_other_seconds_for_the_same_work_change_no_file(filled, few_figures):
     """A run that is made again takes other seconds; everything that git keeps stays the same, byte for byte."""
     p, root = filled
     kept = []
@@ -835,7 +842,7 @@ def test_the_page_can_be_read_by_keyboard_and_by_ear(parts):
     assert all(a.get("scope") in ("col", "row") for a in parts.all("th")) and parts.all("html")[0]["lang"] == "en"
 
 
-def test_alternative_texts_follow_the_numbers(tmp_path):
+def test_alternative_texts_follow_the_numbers(tmp_path, few_figures):
     p = profile(tasks=("cola", "cb"), methods=("pt", "ept"))
     for key, right in (("cola-pt-0", 60), ("cola-ept-0", 95), ("cb-pt-0", 90), ("cb-ept-0", 70)):
         write(tmp_path, p, key, right)
@@ -871,7 +878,7 @@ def test_what_is_shown_is_escaped(tmp_path):
     assert "&lt;b&gt;a &amp; b&lt;/b&gt;" in page and "<b>a & b" not in page and not Parts(page).open
 
 
-def test_each_score_links_to_its_record_and_predictions(filled):
+def test_each_score_links_to_its_record_and_predictions(filled, few_figures):
     p, root = filled
     write_report(read(p, root), Paths(p, root).report)
     links = [link["href"] for link in Parts((Paths(p, root).report / "report.html").read_text()).all("a") if not link["href"].startswith("#")]
@@ -1006,7 +1013,7 @@ def test_a_page_holds_no_time_and_no_place(written):
 # ---- files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_results_give_the_same_files(filled, tmp_path):
+def test_the_same_results_give_the_same_files(filled, tmp_path, few_figures):
     files = []
     for name in ("one", "two"):
         write_report(read(*filled), tmp_path / name)
@@ -1316,7 +1323,7 @@ def test_a_second_half_that_still_adds_is_said():
     assert "second half" not in " ".join(findings(with_history(table, {"dept": grown(0.5), "ept": grown(0.5)})))
 
 
-def test_runs_whose_modules_stayed_are_marked_and_counted(tmp_path):
+def test_runs_whose_modules_stayed_are_marked_and_counted(tmp_path, few_figures):
     table = made_up(methods=("dept", "ept"), tasks=("cola", "cb"), missing=())
     there = lambda size: {"step": [150, 300], "loss": [1.0, 1.0], "score": [60.0, 70.0], "fusion": [0.0, size], "projection": [0.0, 0.0], "gate_entropy": [1.0, 1.0]}
     table = with_history(table, {"dept": {"step": [150, 300], "loss": [1.0, 1.0], "score": [60.0, 70.0]}, "ept": there(0.001)})

@@ -214,7 +214,6 @@ def test_an_unknown_tracker_is_refused_before_anything_is_written(fit, tmp_path)
 # ---- several processes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_two_processes_learn_what_one_does(fit, tmp_path):
     """In the environment that `accelerate launch` gives to each process; forked, since new interpreters take most of a launch's time."""
     done = forks.run("-m", "tests.processes", tmp_path / "two", cwd=ROOT)
