@@ -75,6 +75,7 @@ in Python: ept.Classifier.from_pretrained("adapters/desk")(["my parcel is late"]
     "compare": """
 All methods see the same rows in the same order for the same steps. The first one is compared with each other one: the difference in points,
 its 95 % interval from the paired bootstrap over test rows and seeds, p after Holm's correction. One seed tells little; take three.
+Stopped and given again, it trains no finished run again.
 
 example:
   ept compare mail.csv --text message --label desk --backbone smollm2 --methods ept,lora,pt --seeds 3
