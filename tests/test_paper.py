@@ -100,7 +100,9 @@ class Walk(Clone):
         return found | {"HF_HUB_OFFLINE": str(int(self.offline))}
 
     def python(self, *command, folder):
-        """In an interpreter of its own: the hub's client keeps the address that it finds when it is imported."""
+        """In an interpreter of its own where the hub is asked, for its client keeps the address that it finds when it is imported."""
+        if self.offline:
+            return super().python(*command, folder=folder)
         return subprocess.run([sys.executable, *command], cwd=folder, env=self.environment(), capture_output=True, text=True)
 
     def reproduce(self, *words):
