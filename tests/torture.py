@@ -116,7 +116,8 @@ def attend(grid, process, tick=lambda: None):
     while process.poll() is None:
         tick()
         time.sleep(0.1)
-        if (now := max((file.stat().st_mtime for file in (grid.root / "runs" / "logs").glob("*.log")), default=0.0)) != changed:
+        said = (grid.said, *(grid.root / "runs" / "logs").glob("*.log"))  # by plain `dvc repro` it is in the former
+        if (now := max(file.stat().st_mtime for file in said)) != changed:
             heard, changed = time.monotonic(), now
         if time.monotonic() - heard > STUCK:
             raise TimeoutError(f"nothing was said for {STUCK} s; at work: {sorted(grid.stages_at_work().values())}")
