@@ -207,7 +207,7 @@ def show(result):
     if result["sleeping"]:
         engines, sleep = list(result["sleeping"]), result["sleep"]
         rows = []
-        for workers in result["sleeping"][engines[0]]:
+        for workers in sorted(result["sleeping"][engines[0]], key=int):
             cells = [workers, f"{-(-stages // int(workers)) * sleep:.0f} s"]
             for engine in engines:
                 took = result["sleeping"][engine][workers]
@@ -228,7 +228,7 @@ def draw(result, file):
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     styles = dict(zip(result["sleeping"], (("#0072B2", "o", "threads of this machine"), ("#D55E00", "s", "workers of Dask"))))
-    numbers = [int(n) for n in next(iter(result["sleeping"].values()))]
+    numbers = sorted(int(n) for n in next(iter(result["sleeping"].values())))
     left.plot(numbers, [result["stages"] * result["sleep"] / n for n in numbers], color="#999999", linestyle="--", label="the stages' own time")
     for engine, (colour, marker, label) in styles.items():
         took = result["sleeping"][engine]
