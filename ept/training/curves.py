@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from .inside import MOVED
+from .inside import MOVED, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,9 +57,11 @@ def plot_history(
 
 # %% ../../nbs/training/41a_curves.ipynb #bf00b744
 def _scores(history):
-    "The validation scores of a history by step, in order."
-    table = pd.DataFrame(history).reindex(columns=["step", "score"]).astype(float).dropna()
-    return table.set_index("step")["score"].sort_index()
+    "The steps with a validation score, in order, and these scores."
+    step, score = numbers(history, "step", "score")
+    known = ~np.isnan(step) & ~np.isnan(score)
+    order = np.argsort(step[known], kind="stable")
+    return step[known][order], score[known][order]
 
 
 def at_shares(
@@ -68,8 +70,10 @@ def at_shares(
     shares: Sequence[float] = (0.25, 0.5, 1),  # of the steps
 ) -> dict[float, float]:  # share -> percent; NaN where nothing trained was validated by then
     "The best validation score that a run had reached after some shares of its steps."
-    scores = _scores(history).loc[lambda s: s.index > 0]
-    return {share: float(scores[scores.index <= round(share * steps, 6)].max()) for share in shares}
+    step, score = _scores(history)
+    scored = step[step > 0]
+    best = np.append(np.maximum.accumulate(score[step > 0]), np.nan)  # the last one is where no step is found
+    return {share: float(best[np.searchsorted(scored, round(share * steps, 6), "right") - 1]) for share in shares}
 
 
 def steps_to(
@@ -77,7 +81,8 @@ def steps_to(
     score: float,  # percent
 ) -> int | None:  # 0 where the start has it; None where no validation found it
     "The first validated step whose score is at least a given one."
-    reached = _scores(history).loc[lambda s: s >= score].index
+    step, found = _scores(history)
+    reached = step[found >= score]
     return int(reached[0]) if len(reached) else None
 
 
@@ -86,8 +91,8 @@ def area_under(
     steps: int,  # of the whole training
 ) -> float:  # percent; NaN where nothing was validated
     "The best validation score so far as a mean over the steps, from the start or the first validation on, straight between validations."
-    scores = _scores(history)
-    if scores.empty or scores.index[0] > steps:
+    step, score = _scores(history)
+    if not len(step) or step[0] > steps:
         return float("nan")
-    best = scores.where(scores.index == 0, scores[scores.index > 0].cummax())
-    return float(np.interp(np.arange(best.index[0], steps + 1), best.index, best).mean())
+    best = np.append(score[step == 0], np.maximum.accumulate(score[step > 0]))
+    return float(np.interp(np.arange(step[0], steps + 1), step, best).mean())
