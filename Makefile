@@ -82,7 +82,7 @@ lint: $(READY)  ## ruff: what is wrong in notebooks, library and tests, and how 
 test: lint  ## ruff, then the tests; one for each notebook compares its outputs with the committed ones
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
-test-all: lint  ## the same, and the few tests marked slow, which are on a method or a backbone more
+test-all: lint  ## the same, and the tests marked slow: more grids, methods and backbones
 	$(BIN)/python -m pytest $(WORKERS)
 
 test-slurm: $(READY)  ## the tests that need Slurm, on one that is started for them; it has to be installed

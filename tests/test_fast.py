@@ -133,6 +133,7 @@ def embedded(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_the_answers_of_float32_on_a_trained_task(embedded, tmp_path):
     """Trained in float32, asked in both: nearly every answer is the same, and the score moves less than its noise."""
     full, half = (load_backbone(str(embedded), device="cpu", precision=p) for p in ("float32", "bfloat16"))

@@ -181,6 +181,7 @@ def edited(clone, name, old, new):
 RUNS = [*(f"search@{m}" for m in METHODS), *(f"reviews:{kind}@{m}-0" for m in METHODS for kind in ("train", "evaluate"))]
 
 
+@pytest.mark.slow
 def test_a_grid_on_own_tasks_ends_in_a_report_with_statistics(clone):
     assert "6 runs made" in clone.said
     results = clone.profile / "results"
@@ -200,6 +201,7 @@ def test_a_grid_on_own_tasks_ends_in_a_report_with_statistics(clone):
     assert due(clone) == []
 
 
+@pytest.mark.slow
 def test_a_row_of_one_task_is_that_tasks_business(clone):
     assert edited(clone, "reviews.csv", "number 3 was", "number 3 was very") == ["reviews:prepare"]
     assert edited(clone, "places/b.csv", "Ghent", "Oslo") == ["places:prepare"]
@@ -212,6 +214,7 @@ def test_a_row_of_one_task_is_that_tasks_business(clone):
     assert due(clone) == []
 
 
+@pytest.mark.slow
 def test_what_a_task_file_says_is_that_tasks_business(clone):
     assert edited(clone, "reviews.yaml", "data:", 'template: "It says: {review}"\ndata:') == sorted(["reviews:prepare", *RUNS]), "the rows are the same, the text is not"
     assert edited(clone, "reviews.yaml", "of a CSV", "of my CSV") == [], "a comment is nobody's"
@@ -221,6 +224,7 @@ def test_what_a_task_file_says_is_that_tasks_business(clone):
     assert due(clone) == []
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_profile_takes_its_tasks_along(clone):
     clone.call("nbs/pipelines/layout.py", "--new", "again", "--from", "mine")
     ours, theirs = ({p.relative_to(folder / "tasks"): p.read_text() for p in (folder / "tasks").rglob("*.*")} for folder in (clone.profile, clone.profile.with_name("again")))
@@ -233,6 +237,7 @@ def test_a_copy_of_a_profile_takes_its_tasks_along(clone):
     assert "../../tasks/places/a.csv" in (sharing / "tasks/places/dvc.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_profile_that_cannot_take_the_tasks_is_not_made(clone):
     full = {**PARAMETERS, "grid": {"methods": ["pt"], "seeds": [0], "transfer": ["spot"], "sources": ["cola", "cb"]}}
     clone.write(full)

@@ -24,6 +24,8 @@ from tests.hub import Hub, hub_rows
 from tests.miniature import ROOT, Clone
 from tests.slurm import Slurm
 
+pytestmark = pytest.mark.slow
+
 SHARED = ROOT.parent / "shared"
 SHAPE = os.environ.get("EPT_TEST_SHAPE", "tiny")
 CHOSEN = ("multirc", "cb")  # a task whose rows belong together and are cut at another length than all others, and one that is searched on

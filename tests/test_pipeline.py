@@ -193,6 +193,7 @@ def test_status_tells_the_truth(clone, back):
     assert "modified:           ept" in status()
 
 
+@pytest.mark.slow
 def test_one_learning_rate_of_one_task_runs_that_task_alone(clone, back):
     before = clone.files("results/scores")
     clone.write({**PARAMETERS, "tasks": {"cola": {}, "cb": {"learning_rate": 0.1}}})
@@ -218,6 +219,7 @@ def test_settings_change_nothing(clone, back):
     assert clone.due() == []
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_beside_the_grid(clone, back):
     grid = clone.files("results/scores")
     clone.write({**PARAMETERS, "sweep": {"tasks": ["cb"], "seeds": [0], "sizes": ["rank-1", "short_length-4"]}})
@@ -266,6 +268,7 @@ def test_dvc_answers_about_a_change(clone, back):
     assert diff["diff"] == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_and_is_shown(clone, back):
     clone.dvc("exp", "run", "--name", "shorter", "-S", "training.steps=2", "tasks/cb/dvc.yaml")
     assert json.loads((clone.root / "results/scores/cb-pt-0.json").read_text())["config"]["training"]["steps"] == 2
@@ -286,6 +289,7 @@ def copied(clone):
     shutil.rmtree(clone.root / "profiles", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_a_copied_profile_finds_the_same(clone, copied):
     """Another name changes no number; that it changes no sentence of the report is seen in test_results.py."""
     assert yaml.safe_load((copied / "params.yaml").read_text()) == PARAMETERS | {"profile": "mine"}
@@ -325,6 +329,7 @@ def test_a_hostile_name_reaches_no_shell(clone, back, command):
     assert not list(clone.root.rglob("x"))
 
 
+@pytest.mark.slow
 def test_a_task_more_is_a_line_more(clone, back):
     values = {**PARAMETERS, "tasks": {**PARAMETERS["tasks"], "rte": {}}}
     (clone.root / "params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))

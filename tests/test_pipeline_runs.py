@@ -119,6 +119,7 @@ def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
     assert record.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
     """The rate of one source task: everything on that task, what all share, and of the other task only what starts from them."""
     clone.write({**WITH_TRANSFER, "tasks": {"cola": {}, "cb": {"learning_rate": 0.2}}})

@@ -92,6 +92,7 @@ def stored(name):
     return {entry["relpath"]: place(entry["md5"]) for entry in listing}
 
 
+@pytest.mark.slow
 def test_the_second_data_set_was_met_by_nobody_and_can_be_made_again(tmp_path):
     config = from_dict(PretrainingConfig, json.loads(stored("backbone")["pretraining.json"].read_text()))
     runpy.run_path(str(ROOT / "nbs" / "pipelines" / "synthesise.py"))["synthesise"](tmp_path, config)

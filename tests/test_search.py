@@ -87,6 +87,7 @@ def trainings(monkeypatch, until=None, breaks=lambda training: False):
     return seen
 
 
+@pytest.mark.slow
 def test_every_method_has_the_same_number_of_trials_and_every_rate_moves_by_itself(profile, capsys):
     had = {"pt": {"learning_rate"}, "lora": {"weight_learning_rate"}, "dept": {"learning_rate", "pair_learning_rate", "short_length"}}
     had["ept"] = had["dept"] | {"module_learning_rate"}
