@@ -35,19 +35,18 @@ def search(clone, key):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A miniature with a search and with methods that start from other tasks, whose whole grid has been run."""
-    clone = Clone(tmp_path_factory.mktemp("pipeline") / "clone")
-    clone.write(WITH_TRANSFER)
-    clone.first = clone.order()
-    return clone
+    """A miniature of the repository."""
+    return Clone(tmp_path_factory.mktemp("pipeline") / "clone")
 
 
 @pytest.fixture(scope="module")
 def transfers(clone):
-    """The stages of the grid, in their order."""
-    return clone.first
+    """The stages of a grid with a search and with methods that start from other tasks, in the order in which they were run."""
+    clone.write(WITH_TRANSFER)
+    return clone.order()
 
 
+@pytest.mark.slow
 def test_sources_are_trained_once_and_first(clone, transfers):
     assert len(transfers) == len(set(transfers)), "nothing is run twice"
     kept, starts = {f"source@{t}-{seed}" for t in TASKS for seed in (0, 7)}, ("search@pt", "search-transfer@spot", "search-like@mpt")
@@ -65,6 +64,7 @@ def test_sources_are_trained_once_and_first(clone, transfers):
         assert list(shared["config"]["source_prompts"]) == ["shared"] and shared["trainable_parameters"] == 60 * 32 + 60 + 32
 
 
+@pytest.mark.slow
 def test_source_prompts_are_trained_as_long_as_they_need(clone, transfers):
     """Longer than a run of the grid, and what came of it is written down."""
     run = json.loads((clone.root / "results/scores/cb-pt-0.json").read_text())
@@ -80,6 +80,7 @@ def test_source_prompts_are_trained_as_long_as_they_need(clone, transfers):
     assert not list((clone.root / "runs/checkpoints").glob("source-*")) and {p.name for p in (clone.root / "runs/sources/0").iterdir()} == {*TASKS, "shared"}
 
 
+@pytest.mark.slow
 def test_the_search_is_written_down_and_used(clone, transfers):
     for method in ("pt", "spot", "mpt"):
         found = search(clone, method)
@@ -93,10 +94,12 @@ def test_the_search_is_written_down_and_used(clone, transfers):
     assert len(re.findall(r"\] search (?:pt|spot|mpt): 2 trials, the best \d+\.\d with learning_rate 0\.\d+", clone.said)) == 3, "a line for each search"
 
 
+@pytest.mark.slow
 def test_a_second_time_searches_and_transfers_nothing(clone, transfers):
     assert clone.reproduce(jobs=1) == []
 
 
+@pytest.mark.slow
 def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, transfers):
     """What is asked of DVC alone: which stages it would run, were the shared prompt trained longer."""
     clone.write({**WITH_TRANSFER, "sources": {"steps": 6, "shared_steps": 10}})
@@ -105,6 +108,7 @@ def test_the_length_of_source_prompts_is_no_parameter_of_the_grids_runs(clone, t
     clone.write(WITH_TRANSFER)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("poison", [b"this is no parquet file", None], ids=["poisoned", "missing"])
 def test_the_search_does_not_open_the_test_split(clone, transfers, poison):
     test, record = clone.root / "runs/data/cb/test.parquet", clone.root / "results/search/pt.json"
@@ -133,6 +137,7 @@ def test_a_changed_source_runs_what_starts_from_it(clone, transfers):
     clone.write(WITH_TRANSFER)
 
 
+@pytest.mark.slow
 def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transfers):
     clone.write({**WITH_TRANSFER, "grid": {"methods": ["pt", "spot"], "seeds": [0]}, "search": {}})
     answer = clone.run("train", "--task", "cb", "--method", "spot", fails=True)
@@ -140,6 +145,7 @@ def test_a_transfer_in_the_wrong_list_stops_before_anything_trains(clone, transf
     clone.write(WITH_TRANSFER)
 
 
+@pytest.mark.slow
 def test_training_without_a_search_says_what_to_do(clone, transfers):
     clone.write({**WITH_TRANSFER, "methods": {**WITH_TRANSFER["methods"], "bitfit": {}}})
     assert "run the search stage of bitfit first" in clone.run("train", "--task", "cb", "--method", "bitfit", fails=True)
@@ -180,6 +186,7 @@ def test_a_killed_run_ends_with_the_same_bits(clone, method):
     repro = ["-m", "dvc", "repro", "--single-item", *(f"tasks/cola/dvc.yaml:{stage}@{method}-0" for stage in ("train", "evaluate"))]
     adapter, scores = f"runs/adapters/{key}", clone.root / f"results/scores/{key}.json"
 
+    clone.call("nbs/pipelines/reproduce.py", "--fetch")
     clone.dvc("repro", "--single-item", "plan")
     clone.call(*repro)
     undisturbed = clone.files(adapter), scores.read_bytes()

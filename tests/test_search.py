@@ -109,7 +109,7 @@ def test_every_method_has_the_same_number_of_trials_and_every_rate_moves_by_itse
     assert not any(Paths(profile).runs.joinpath("checkpoints").iterdir()), "nothing big is left"
 
 
-@pytest.mark.parametrize("until", [0, 1, 3], ids=["first", "between tasks", "second trial"])
+@pytest.mark.parametrize("until", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)], ids=["first", "between tasks", "second trial"])
 def test_an_interrupted_search_ends_as_one_that_was_not(profile, monkeypatch, until):
     search_method(profile, "ept")
     record, journal = Paths(profile).record("search", "ept"), Paths(profile).journal("ept")
