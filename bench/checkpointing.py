@@ -15,10 +15,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import contender
+from show import replace_part
 
 RESULTS = Path(__file__).parent / "results" / "checkpointing"
 PAGE = Path(__file__).parent / "README.md"
-BEGIN, END = "<!-- checkpointing -->", "<!-- end of checkpointing -->"
 
 
 def measure(job):
@@ -64,14 +64,7 @@ def show(found):
         same = "the same" if (off["loss"], off["gradient"]) == (on["loss"], on["gradient"]) else "differ"
         sizes = [step["step_bytes"] / 1e9 for step in (off, on)]
         lines.append(f"| {length} | {sizes[0]:.2f} GB | {sizes[1]:.2f} GB | {sizes[1] / sizes[0]:.2f} | {same} |")
-    return "\n".join(lines)
-
-
-def write_page(found):
-    "Put what was found into bench/README.md."
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{show(found)}\n\n{END}{rest.split(END)[1]}")
+    return "\n".join(lines) + "\n"
 
 
 def device():
@@ -100,7 +93,7 @@ def main():
     if chosen.job:
         return print(json.dumps(measure(json.loads(chosen.job))))
     if chosen.show:
-        return write_page(json.loads(chosen.show.read_text()))
+        return replace_part(PAGE, "checkpointing", show(json.loads(chosen.show.read_text())))
     setting = {name: getattr(chosen, name) for name in ("shape", "batch_size", "precision")}
     found = {"date": str(date.today()), "device": device(), "torch": version("torch"), **setting, "steps": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +106,7 @@ def main():
                 print(f"L = {length}, gradient checkpointing {'on ' if on else 'off'}: {last['step_bytes'] / 1e9:.2f} GB a step, loss {last['loss']:.6f}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / f"{chosen.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    write_page(found)
+    replace_part(PAGE, "checkpointing", show(found))
     return print(show(found))
 
 

@@ -24,12 +24,13 @@ from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
+from show import replace_part
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "bench" / "README.md"
 WAYS = ("processes", "models", "bank")
 METHODS = ("ept", "pt", "dept")  # in turn, so that prompts differ in length
 SIZES = {"smollm2": dict(prompt_length=100, short_length=40, max_length=256), "tiny": dict(prompt_length=60, short_length=6, max_length=256)}
-BEGIN, END = "<!-- serving -->", "<!-- end of serving -->"
 
 
 # ---- a process that answers ---------------------------------------------------------------------------------------------
@@ -220,14 +221,7 @@ def show(result):
         lines.append(f"| {waiting} | " + " | ".join(rates + ratios) + " |")
     memory = result["memory_bytes"]
     lines += ["", "Memory: " + ", ".join(f"`{way}` {memory[way] / 2**30:.2f} GiB ({memory[way] / memory['processes']:.2f})" for way in WAYS) + "."]
-    return "\n".join(lines)
-
-
-def write_page(result):
-    "Put a result into bench/README.md."
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{show(result)}\n\n{END}{rest.split(END)[1]}")
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments=None):
@@ -246,7 +240,7 @@ def main(arguments=None):
     if options.work:
         return work(json.loads(options.work))
     if options.show:
-        return write_page(json.loads(options.show.read_text()))
+        return replace_part(PAGE, "serving", show(json.loads(options.show.read_text())))
     import torch
 
     from bench import processor
@@ -260,7 +254,7 @@ def main(arguments=None):
     file = ROOT / "bench" / "results" / "serving" / f"{options.name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(result, indent=1) + "\n")
-    write_page(result)
+    replace_part(PAGE, "serving", show(result))
     return print(show(result))
 
 

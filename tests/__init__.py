@@ -1,7 +1,7 @@
-"""The tests; what runs notebooks and forks processes for them is with the notebooks, what the commands of the pipeline do is beside those."""
+"""The tests; what runs notebooks and forks processes for them is with the notebooks, the commands of the pipeline are beside those, and measurements in bench/."""
 
 import sys
 from pathlib import Path
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
-sys.path[:0] = [str(NOTEBOOKS), str(NOTEBOOKS / "pipelines")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("nbs", "nbs/pipelines", "bench")]

@@ -1,24 +1,20 @@
 """The benchmark runs, on a tiny shape, and its page says what its result files say."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+import bench
+import checkpointing
+import contender
+import paper
+import scaling
+import serving
+import show
 from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-
-import bench  # noqa: E402
-import checkpointing  # noqa: E402
-import contender  # noqa: E402
-import paper  # noqa: E402
-import scaling  # noqa: E402
-import serving  # noqa: E402
-import show  # noqa: E402
-
 RESULTS = sorted((ROOT / "bench" / "results").glob("*.json"))
 
 

@@ -241,7 +241,7 @@ def test_other_commands_of_dvc_keep_from_a_running_stage_and_we_from_theirs(proj
     assert by_hand.wait() == 0 and project.dvc("status", "-q").returncode == 0
 
 
-@pytest.mark.parametrize("where", ["a stage that runs", "a stage whose worker is not there"])
+@pytest.mark.parametrize("where", ["a stage that runs", "a stage whose worker is not there", "the journal of a stage that begins"])
 def test_every_stage_lets_go_of_its_files_even_where_another_cannot(project, where, monkeypatch):
     """On a full disk the first can't. What was held until the interpreter ends would start a thread there, and wait for it for ever."""
     stages, tried = Stages(project.folder), []
@@ -255,18 +255,22 @@ def test_every_stage_lets_go_of_its_files_even_where_another_cannot(project, whe
         limit = 3
 
         def submit(self, job):
-            if len(stages.begun) == 2 and where != "a stage that runs":
+            if len(stages.begun) == 2 and where == "a stage whose worker is not there":
                 raise RuntimeError("no worker is there")
             return Future()
 
     class Full(Watch):
-        def tick(self):
+        def tick(self, *_):
             if len(stages.begun) == 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
 
+    class FullWhenOneBegins(Watch):
+        began = Full.tick
+
     monkeypatch.setattr(stages, "drop", drop)
     with pytest.raises(OSError, match="No space left"):
-        Coordinator(stages, lambda: Never(Cluster(gpus=0), project.setup), Full()).run()
+        watch = FullWhenOneBegins() if where == "the journal of a stage that begins" else Full()
+        Coordinator(stages, lambda: Never(Cluster(gpus=0), project.setup), watch).run()
     assert len(tried) == 2 and not stages.begun
     assert json.loads((project.folder / ".dvc" / "tmp" / "rwlock").read_text()) == {}
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from show import replace_part
 from tests import aftermath, slurm
 from tests.engines import Dask, Local, OnSlurm, Skipped
 from tests.grids import CLEANED, REPRODUCE, Grid, kind_of, left_in_peace, undisturbed
@@ -33,7 +34,6 @@ from tests.letters import below
 from tests.miniature import ROOT
 
 RESULT, PAGE = ROOT / "bench" / "torture.json", ROOT / "bench" / "README.md"
-BEGIN, END = "<!-- torture -->", "<!-- end of torture -->"
 DVC = ("-m", "dvc")
 STUCK = 300  # seconds after which a command that says nothing more hangs
 
@@ -481,7 +481,7 @@ def show(result):
         lines.append(f"| {' | '.join(map(str, cells))} |")
     problems = sum(len(part.get("problems", [])) for part in result["parts"].values())
     at = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
-    return "\n".join([f"{victims.total()} kills, {problems} problems.", "", *lines, "", f"What the kills hit: {at}."])
+    return "\n".join([f"{victims.total()} kills, {problems} problems.", "", *lines, "", f"What the kills hit: {at}.", ""])
 
 
 def write(result):
@@ -490,8 +490,7 @@ def write(result):
     parts = before | result["parts"]
     result = result | {"parts": {name: parts[name] for name in PARTS if name in parts}}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{show(result)}\n\n{END}{rest.partition(END)[2]}")
+    replace_part(PAGE, "torture", show(result))
 
 
 def main(arguments=None):

@@ -194,21 +194,24 @@ def step(self: Coordinator) -> bool:
 def begin(self: Coordinator, stage: str) -> None:
     "Look at a stage whose needs are up to date, and give it to the workers if it has changed."
     try:
-        if stage not in self.attempts and not self.stages.changed(stage):
-            self.summary.unchanged.append(stage)
-            self.done(stage, None)
-        elif job := self.stages.begin(stage):
-            self.attempts[stage] = self.attempts.get(stage, 0) + 1
-            self.running[stage] = future = self.workers.submit(job)
-            self.watch.began(stage, self.attempts[stage])
-            future.add_done_callback(lambda future: self.ended.put((stage, future)))
-        else:
-            self.summary.made[stage] = 0.0
-            self.done(stage, 0.0)
+        changed = stage in self.attempts or self.stages.changed(stage)
+        job = self.stages.begin(stage) if changed else None
     except LockError:  # another command of DVC has its files
         self.schedule.put_off(stage, PATIENCE)
     except (DvcException, OSError) as error:
         self.fail(stage, str(error), again=False)
+    else:
+        if job:
+            self.attempts[stage] = self.attempts.get(stage, 0) + 1
+            self.running[stage] = future = self.workers.submit(job)
+            future.add_done_callback(lambda future: self.ended.put((stage, future)))
+            self.watch.began(stage, self.attempts[stage])
+        elif changed:
+            self.summary.made[stage] = 0.0
+            self.done(stage, 0.0)
+        else:
+            self.summary.unchanged.append(stage)
+            self.done(stage, None)
 
 
 @patch
