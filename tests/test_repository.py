@@ -16,6 +16,7 @@ import yaml
 
 import execute
 import layout
+import plan
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 from ept.grid.configuration import check, resolve
@@ -274,7 +275,7 @@ def test_a_stage_depends_on_its_own_parameters(grid):
     method = ("plan.json", "methods.${item.method}")
     own = {("params.yaml", "training"), method, ("params.yaml", "tasks.sst2")}
     assert parameters(grid["train"]) == own | {("plan.json", "code.train")}
-    assert parameters(grid["search"]) == {("params.yaml", "training"), method, ("params.yaml", "tasks.cola"), ("plan.json", "code.search"), ("params.yaml", "search")}
+    assert parameters(grid["search"]) == {("params.yaml", "training"), method, ("params.yaml", "tasks.cola"), ("plan.json", "code.search"), ("plan.json", "search.${item.method}")}
     assert parameters(grid["search-like"]) == {("plan.json", "code.search")} and grid["search-like"]["deps"] == ["results/search/${item}.json"]
     assert parameters(grid["evaluate"]) == {("plan.json", "code.evaluate"), (method[0], f"{method[1]}.code")}
     known = lambda *names: {("plan.json", name) for name in names}
@@ -284,6 +285,15 @@ def test_a_stage_depends_on_its_own_parameters(grid):
     assert parameters(grid["reference"]) == {("plan.json", "code.reference"), ("plan.json", "text.sst2"), method}
     assert parameters(grid["prepare"]) == {("plan.json", "code.prepare"), ("params.yaml", "data")}
     assert parameters(grid["plan"]) == {("params.yaml", "*")}
+
+
+def test_the_sizes_of_one_method_make_no_other_methods_search_stale():
+    profile = load_profile("profiles/embedded-development/params.yaml")
+    other = replace(profile, search=replace(profile.search, sizes={**profile.search.sizes, "dept": {"short_length": [20, 40]}}))
+    before, after = plan.searches(profile), plan.searches(other)
+    assert {method for method in before if before[method] != after[method]} == {"dept"} and before["lora"]["sizes"] == {}
+    fewer = plan.searches(replace(profile, search=replace(profile.search, trials=3)))
+    assert not [method for method in before if before[method] == fewer[method]]
 
 
 def test_a_transfer_is_an_ordinary_run_that_waits_for_its_sources(grid):

@@ -2,12 +2,13 @@
 
     python nbs/pipelines/plan.py  # in the folder of a profile
 
-It holds a fingerprint of the code of every stage, what each method is told, and what is said about the text of each task. Every
+It holds a fingerprint of the code of every stage, what each method is told and what is searched for it, and what is said about the text of each task. Every
 stage depends on its part of this small file, so this runs before anything else does, and nothing runs where it fails. It
 imports nothing heavy: whether sizes exist and have allowed values is asked here in a worker of `make reproduce`, which has imported
 PyTorch anyway, and else by the first stage that trains.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,6 +16,13 @@ from command import end_at_ctrl_c
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+
+
+def searches(profile):
+    "Method that has trials -> what its search is told; the sizes of other methods are no part of it."
+    shared = dataclasses.asdict(profile.search)
+    sizes = {name: shared.pop(name) for name in ("sizes", "like", "origin")}["sizes"]
+    return {method: {**shared, "sizes": sizes.get(method, {})} for method in profile.tried}
 
 
 def write_plan(file="params.yaml"):
@@ -41,6 +49,7 @@ def write_plan(file="params.yaml"):
     plan = {
         "code": {notebook.stem: code_version(notebook) for notebook in sorted(HERE.glob("*.ipynb"))},
         "methods": {method: {"code": code_version(known[method]), "parameters": profile.methods.get(method, {})} for method in methods},
+        **({"search": searches(profile)} if profile.tried else {}),
         "text": {task: profile.text(task) for task in profile.prepared},
         **({"sources": {plan.task: plan.values for plan in profile.source_plans()}} if profile.grid.transfer else {}),
     }
