@@ -287,6 +287,14 @@ def test_a_stage_depends_on_its_own_parameters(grid):
     assert parameters(grid["plan"]) == {("params.yaml", "*")}
 
 
+def test_the_default_profile_has_the_values_that_were_searched():
+    profile, development = load_profile("params.yaml"), load_profile("profiles/embedded-development/params.yaml")
+    for method in profile.grid.methods:
+        if method not in profile.grid.references:
+            record = json.loads(development.choice_file(method).read_text())
+            assert record["profile"] == "embedded-development" and profile.methods[method] == record["chosen"], method
+
+
 def test_the_sizes_of_one_method_make_no_other_methods_search_stale():
     profile = load_profile("profiles/embedded-development/params.yaml")
     other = replace(profile, search=replace(profile.search, sizes={**profile.search.sizes, "dept": {"short_length": [20, 40]}}))
