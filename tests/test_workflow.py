@@ -426,6 +426,21 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path, by_dvc):
     assert sorted(project.ran()) == [*LETTERS, "joined"], "no stage came to its end twice"
 
 
+def test_a_signal_at_the_end_of_a_wait_does_not_make_it_last_until_a_stage_ends(project):
+    """As a `SimpleQueue` does, which after a signal may wait for ever: Ctrl-C would be heard when the next stage has ended, in hours."""
+    coordinator = Coordinator(Stages(project.folder), lambda: None, Watch())
+    stage = threading.Timer(5, coordinator.ended.put, [("a", Future())])
+    old = signal.signal(signal.SIGALRM, lambda *_: time.sleep(0.3))
+    stage.start()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        coordinator.collect(wait=0.2)
+        assert stage.is_alive(), "the stage has ended first"
+    finally:
+        stage.cancel()
+        signal.signal(signal.SIGALRM, old)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "SIGKILL"])
 def test_a_coordinator_that_is_stopped_or_killed_leaves_nothing_behind_and_the_next_goes_on(tmp_path, by_dvc, how):
     root = tmp_path / "project"

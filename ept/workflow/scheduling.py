@@ -150,7 +150,7 @@ class Coordinator:
         self.schedule, self.summary = Schedule(stages.needs), Summary()
         self.running: dict[str, Future] = {}
         self.attempts: dict[str, int] = {}
-        self.ended: queue.SimpleQueue[tuple[str, Future]] = queue.SimpleQueue()
+        self.ended: queue.Queue[tuple[str, Future]] = queue.Queue()  # a SimpleQueue may wait for ever when a signal comes
 
     def run(self) -> Summary:
         "Bring all stages up to date; Ctrl-C ends those that run, and the next pass goes on from there."
