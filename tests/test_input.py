@@ -219,14 +219,19 @@ def results(tmp_path):
         ("results/predictions/cola-ept-0.csv", 0.5, "is cut off in its last row"),
         ("results/predictions/cola-ept-0.csv", "rows", "has 100 whole rows, and the record of the run says 200"),
         ("results/predictions/cola-ept-0.csv", 0, "is damaged"),
-        ("results/costs.csv", 0.5, "is cut off in its last row"),
+        ("results/costs.csv", ",cpu", "is cut off in its last row"),
+        ("results/costs.csv", " thread", "is damaged .*inside string"),  # between quotes
     ],
 )
 def test_a_cut_record_is_named(results, name, keep, message):
     profile, folder = results
     file = folder / name
     content = file.read_text()
-    file.write_text("".join(content.splitlines(keepends=True)[:101]) if keep == "rows" else content[: int(len(content) * keep)].rstrip("\n"))
+    if keep == "rows":
+        kept = "".join(content.splitlines(keepends=True)[:101])
+    else:
+        kept = content[: content.rindex(keep) if isinstance(keep, str) else int(len(content) * keep)].rstrip("\n")
+    file.write_text(kept)
     with pytest.raises(ValueError, match=message) as error:
         collect(profile, folder)
     assert str(file) in str(error.value) and "git" in str(error.value), "which file, and what to do"
