@@ -128,6 +128,7 @@ def test_page_shows_what_gradient_checkpointing_saves(file):
 # ---- grids --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True], ids=["a file for each task", "one file"])
 def test_a_grid_is_made_and_measured_in_both_layouts(flat):
     with scaling.project({"tasks": 2, "methods": 2, "seeds": 1}, flat, work="sleep 0.1 && ") as root:

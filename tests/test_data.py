@@ -217,7 +217,7 @@ def test_a_profile_takes_its_part_and_says_so(tmp_path, monkeypatch):
 
 
 @real_data
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in ("multirc", "mnli", "qqp") else []) for name in TASKS])
 def test_real_rows_are_halved_between_backbone_and_prompts(name):
     backbone, prompts = (load_task(name, "local", folder=REAL, part=part) for part in PARTS)
     assert not keys(name, backbone["train"]) & set.union(*(keys(name, prompts[s]) for s in SPLITS))

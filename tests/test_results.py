@@ -1034,6 +1034,7 @@ write_summary(table, sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_another_process_gives_the_same_files(tmp_path):
     """With another order of sets, another user's settings of matplotlib, another number of threads, in another place on earth."""
     (tmp_path / "settings").mkdir()

@@ -256,7 +256,12 @@ class Stopped(Exception):
     "Stands for a process that is killed."
 
 
-@pytest.mark.parametrize("method, stop_at", [("ept", 3), ("ept", 4), ("ept", 7), *((method, 4) for method in COMPARED)])
+def once_a_night(method):
+    """Variants of `ept` differ from it in what a prompt computes, not in how it is trained."""
+    return [pytest.mark.slow] if "ept-" in method else []
+
+
+@pytest.mark.parametrize("method, stop_at", [("ept", 3), ("ept", 4), ("ept", 7), *(pytest.param(method, 4, marks=once_a_night(method)) for method in COMPARED)])
 def test_a_stopped_run_ends_with_the_same_bits(method, stop_at, backbone, data, tmp_path, monkeypatch):
     options = dict(training=CONFIG, sizes=SIZES | SMALL, source_prompts=sources(), progress=False)
     whole = train(TASK, method, 0, backbone, data, tmp_path / "whole", **options)
