@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import py_compile
 import random
 import signal
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from command import drop_damaged_bytecode
 from ept.utils.files import replace_folder, sweep, temporary_folder, whole_file, whole_folder, write_atomic
 from ept.utils.locks import only_one
 
@@ -236,3 +238,17 @@ def test_ctrl_c_ends_a_command_with_one_line_and_leaves_nothing_running():
 def test_every_command_of_the_pipeline_ends_at_ctrl_c(script):
     text = (ROOT / "nbs" / "pipelines" / script).read_text()
     assert "end_at_ctrl_c(" in text.partition("__main__")[2] or "end_at_ctrl_c(" in text.partition("def main")[2]
+
+
+def test_bytecode_that_a_full_disk_has_cut_off_is_removed_and_no_other(tmp_path):
+    """Python writes it anew; what it finds it believes, and would fail at each time."""
+    for name in ("cut", "whole"):
+        (tmp_path / f"{name}.py").write_text("answer = [42] * 3\n" * 200)
+    files = {name: Path(py_compile.compile(tmp_path / f"{name}.py")) for name in ("cut", "whole")}
+    files["cut"].write_bytes(files["cut"].read_bytes()[:1024])
+    other = files["cut"].with_name("cut.cpython-27.pyc")
+    other.write_bytes(b"of another Python")
+    command = [sys.executable, "-c", "import cut, whole"]
+    assert "marshal data too short" in subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr
+    assert drop_damaged_bytecode([tmp_path]) == [files["cut"]] and files["whole"].exists() and other.exists()
+    assert subprocess.run(command, cwd=tmp_path).returncode == 0 and drop_damaged_bytecode([tmp_path]) == []

@@ -19,10 +19,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from command import end_at_ctrl_c  # noqa: E402
+from command import drop_damaged_bytecode, end_at_ctrl_c  # noqa: E402
 
 if __name__ == "__main__":
     end_at_ctrl_c()  # before all that takes time
+    drop_damaged_bytecode()
 
 from dvc.exceptions import DvcException  # noqa: E402
 
