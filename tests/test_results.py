@@ -1361,3 +1361,12 @@ def test_a_grid_whose_tasks_are_all_for_development_says_so():
     table = made_up(methods=("pt", "dept", "ept"), tasks=("cola", "cb"))
     table = ScoreTable(replace(table.profile, search=Search(("cola", "cb"), seeds=(100,), rates={"learning_rate": (0.01, 3)})), table.runs)
     assert table.parts == {} and "All tasks are development tasks" in overall_table(table).caption and set(contrasts(table)["over"]) == {"all"}
+
+
+def test_the_ticks_of_tokens_are_whole_and_those_of_small_sizes_are_round():
+    """Twenty tokens had a tick at 2.5; an offset below one per cent had one, at its largest value."""
+    profile = load_profile(ROOT / "params.yaml")
+    table = ScoreTable(profile, collect(profile))
+    assert all(tick == round(tick) for panel in plot_gates(table).axes[:-1] for tick in panel.get_xticks())
+    panels = {panel.get_title().partition(",")[0]: panel for panel in plot_inside(table).axes}
+    assert all(tick == float(f"{tick:.2g}") for tick in panels["offset"].get_yticks()), panels["offset"].get_yticks()

@@ -512,6 +512,7 @@ def plot_gates(
             panel.set_yticks([(weights.shape[1] - 1) / 2], [task])
             panel.tick_params(length=0, labelbottom=panel is panels[-1])
             panel.set_xlim(-0.5, tokens - 0.5)
+            panel.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
         panels[-1].set_xlabel(f"prompt token; the {spaces} rows of a strip are the spaces")
         bar = figure.colorbar(image, ax=list(panels), aspect=40, pad=0.02)
         bar.set_ticks([norm.vmin, middle, norm.vmax], labels=[f"{v:.2f}" for v in (norm.vmin, middle, norm.vmax)])

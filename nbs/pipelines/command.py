@@ -32,11 +32,19 @@ def end_at_ctrl_c(then="the same command goes on from here"):
 
 def drop_damaged_bytecode(folders=(ROOT / "ept", ROOT / "nbs" / "pipelines")):
     "Remove what Python has compiled and cut off on a full disk, since older Pythons take it for whole and fail at it from then on; the files."
-    dropped = []
-    for file in (file for folder in folders for file in Path(folder).rglob(f"__pycache__/*.{sys.implementation.cache_tag}.pyc")):
-        try:
-            marshal.loads(file.read_bytes()[16:])  # behind a header that Python checks by itself
-        except (EOFError, ValueError, TypeError):
-            file.unlink(missing_ok=True)
-            dropped.append(file)
-    return dropped
+    compiled = f"__pycache__/*.{sys.implementation.cache_tag}.pyc"
+    damaged = [file for folder in folders for file in Path(folder).rglob(compiled) if not _is_whole(file)]
+    for file in damaged:
+        file.unlink(missing_ok=True)
+    return damaged
+
+
+def _is_whole(file):
+    "Whether a file of bytecode can be read to its end."
+    try:
+        marshal.loads(file.read_bytes()[16:])  # behind a header that Python checks by itself
+    except (EOFError, ValueError, TypeError):
+        return False
+    except FileNotFoundError:  # another process has just replaced or removed it
+        pass
+    return True

@@ -20,9 +20,9 @@ ROOT = HERE.parents[1]
 
 def searches(profile):
     "Method that has trials -> what its search is told; the sizes of other methods are no part of it."
-    shared = dataclasses.asdict(profile.search)
-    sizes = {name: shared.pop(name) for name in ("sizes", "like", "origin")}["sizes"]
-    return {method: {**shared, "sizes": sizes.get(method, {})} for method in profile.tried}
+    search = dataclasses.asdict(profile.search)
+    shared = {name: value for name, value in search.items() if name not in ("sizes", "like", "origin")}
+    return {method: {**shared, "sizes": search["sizes"].get(method, {})} for method in profile.tried}
 
 
 def write_plan(file="params.yaml"):
