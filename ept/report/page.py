@@ -272,7 +272,7 @@ def protocol(
     own = {f"{name}": values for group in (p.methods, p.tasks) for name, values in group.items() if values and name in (*table.methods, *table.tasks)}
     found = [("Runs", conditions(table)), ("Training", f"The same for every method and task unless named below: {shown(p.training)}.")]
     found += [("Exceptions", "; ".join(f"{name}: {shown(values)}" for name, values in own.items()) + ".")] if own else []
-    search, rates = table.search, "Used as they stand; none was searched."
+    search, rates = table.search, "Used as the profile states them; it has no search of its own."
     if search and search.tasks:
         rates = f"Chosen on {', '.join(search.tasks)}{f' in profile {p.search.origin}' if p.search.origin else ''} by {counted(search.trials, 'trial')} for each method, "
         rates += "each rate by itself, with its sizes; the best mean area under the validation curve decides, for all tasks and seeds."
