@@ -21,6 +21,7 @@ BATCH = {"t5-base": 8, "smollm2": 16, "tiny": 4}
 LENGTHS = [32, 128, 256]
 TRAINED = ["peft-pt", "peft-pt-tuned", "pt", "dept", "ept", "ept@float32"]
 SCORED = ["peft-pt", "peft-pt-tuned", "frozen", "pt", "dept", "ept"]  # dept and ept are folded
+UNFOLDED = ("peft", "frozen", "ept-text-gate")  # what begins with these has no constants to fold into
 STREAMED = ["peft-pt", "peft-pt-tuned", "pt", "ept"]
 STREAM_TASKS, STREAM_EXAMPLES = ["sst2", "mrpc", "boolq"], 64
 
@@ -46,7 +47,7 @@ def measure_rounds(measure, contenders, rounds, say, **job):
     answers = {name: [] for name in contenders}
     for number in range(rounds):
         for name in contenders:
-            folded = measure == "infer" and not name.startswith(("peft", "frozen"))
+            folded = measure == "infer" and not name.startswith(UNFOLDED)
             answers[name].append(call(measure, contender=name, folded=folded, **job))
             say(f"{job['shape']}: {measure}, round {number + 1} of {rounds}, {name}: {answers[name][-1]['process_seconds']:.0f} s")
     return answers

@@ -12,6 +12,7 @@ import paper
 import scaling
 import serving
 import show
+import text_gate
 from ept.data.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,6 +124,23 @@ def test_page_shows_what_gradient_checkpointing_saves(file):
     for length in {step["length"] for step in found["steps"]}:
         off, on = sorted((step for step in found["steps"] if step["length"] == length), key=lambda step: step["checkpointing"])
         assert on["step_bytes"] < off["step_bytes"] and (on["loss"], on["gradient"]) == (off["loss"], off["gradient"])
+
+
+def test_a_gate_that_reads_the_text_is_timed_unfolded(job):
+    found = contender.train({**job, "contender": "ept-text-gate"}) | contender.infer({**job, "contender": "ept-text-gate"})
+    assert {n: len(s) for n, s in found["step_seconds"].items()} == {n: len(s) for n, s in found["score_seconds"].items()} == {8: 2, 24: 2}
+    assert "ept-text-gate".startswith(bench.UNFOLDED) and not {"dept", "ept"} & set(bench.UNFOLDED)
+
+
+def test_ratios_are_of_the_same_round():
+    answers = {"ept": [{"s": {"8": [1.0]}}, {"s": {"8": [3.0]}}], "dept": [{"s": {"8": [2.0]}}, {"s": {"8": [3.0]}}]}
+    found = text_gate.compare(answers, "s")["dept"]["8"]
+    assert (found["seconds"]["median"], found["to_ept"]["median"]) == (2.5, 1.5)
+
+
+@pytest.mark.parametrize("file", sorted(text_gate.RESULTS.glob("*.json")), ids=lambda f: f.stem)
+def test_page_shows_what_a_gate_that_reads_the_text_costs(file):
+    assert text_gate.show(json.loads(file.read_text())) in text_gate.PAGE.read_text(), f"run: python bench/text_gate.py --show {file}"
 
 
 # ---- grids --------------------------------------------------------------------------------------------------------------
