@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import contender
-from show import replace_part
+from show import keep, replace_part
 
 RESULTS = Path(__file__).parent / "results" / "checkpointing"
 PAGE = Path(__file__).parent / "README.md"
@@ -104,10 +104,7 @@ def main():
                 found["steps"].append({"length": length, "checkpointing": on, **run(job)})
                 last = found["steps"][-1]
                 print(f"L = {length}, gradient checkpointing {'on ' if on else 'off'}: {last['step_bytes'] / 1e9:.2f} GB a step, loss {last['loss']:.6f}", flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{chosen.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    replace_part(PAGE, "checkpointing", show(found))
-    return print(show(found))
+    return keep(found, RESULTS / f"{chosen.name}.json", "checkpointing", show(found))
 
 
 if __name__ == "__main__":

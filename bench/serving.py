@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
-from show import replace_part
+from show import keep, replace_part
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "bench" / "README.md"
@@ -251,11 +251,7 @@ def main(arguments=None):
         found = measure(options, folder)
     setting = {name: getattr(options, name) for name in ("shape", "precision", "tasks", "rounds", "cores")} | {"alone": not options.shared}
     result = {"date": str(date.today()), "machine": {"processor": processor(), "torch": torch.__version__}, "setting": setting, **found}
-    file = ROOT / "bench" / "results" / "serving" / f"{options.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    replace_part(PAGE, "serving", show(result))
-    return print(show(result))
+    return keep(result, ROOT / "bench" / "results" / "serving" / f"{options.name}.json", "serving", show(result))
 
 
 if __name__ == "__main__":

@@ -144,6 +144,14 @@ def replace_part(page, name, text):
     page.write_text(f"{before}{start}\n\n{text}\n{end}{rest.split(end)[1]}")
 
 
+def keep(found, file, part, text):
+    "Write a result to a file, put what it says into that part of bench/README.md, and print it."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    replace_part(HERE / "README.md", part, text)
+    print(text)
+
+
 def main(arguments):
     file = Path(arguments[0])
     print(show(file))

@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 
 from bench import FOLDER, ROOT, call, measure_rounds, processor, spread
-from show import replace_part, table
+from show import keep, replace_part, table
 
 CONTENDERS = ["dept", "ept", "ept-text-gate"]
 PAGE, RESULTS = ROOT / "bench" / "README.md", ROOT / "bench" / "results" / "text-gate"
@@ -69,10 +69,7 @@ def main():
     found |= {"batch_size": options.batch_size, "rounds": options.rounds, "shapes": {}}
     for shape in options.shapes:
         found["shapes"][shape] = measure(shape, options, lambda text: print(text, file=sys.stderr, flush=True))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    replace_part(PAGE, "text gate", show(found))
-    return print(show(found))
+    return keep(found, RESULTS / f"{options.name}.json", "text gate", show(found))
 
 
 if __name__ == "__main__":
