@@ -9,6 +9,7 @@ by its name, is forked where `named_python()` comes first on the path.
 import atexit
 import gc
 import importlib
+import io
 import json
 import os
 import runpy
@@ -131,11 +132,22 @@ def run(*command, cwd, env=os.environ):
 # ---- the process that is forked -----------------------------------------------------------------------------------------
 
 
+def _open_streams(unbuffered):
+    "Standard output and error anew, as an interpreter of its own has them: those of the process that was forked are wrapped by colorama, and buffered as it was told."
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        was, raw = getattr(sys, f"__{name}__"), io.FileIO(number, "w", closefd=False)
+        binary, by_line = raw if unbuffered else io.BufferedWriter(raw), name == "stderr" or raw.isatty()
+        stream = io.TextIOWrapper(binary, was.encoding, was.errors, line_buffering=by_line, write_through=unbuffered)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+
 def _become(command, folder, environment):
     "Run a command as `python command` does; its exit status."
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    _open_streams(bool(environment.get("PYTHONUNBUFFERED")))
     if backend := environment.get("MPLBACKEND"):  # of a notebook; matplotlib and pandas ask for it when they are imported
         sys.modules["matplotlib"].rcParams["backend"] = backend
         sys.modules["pandas"].options.display.max_columns = 20

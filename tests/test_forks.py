@@ -18,10 +18,11 @@ print("a word", file=sys.stderr)
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "sys.exit('it is wrong')", "os.kill(os.getpid(), 9)", "import atexit; atexit.register(print, 'at the end')"])
-def test_a_command_answers_as_in_its_own_interpreter(tmp_path, end):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # what is killed has said what was not in a buffer
+def test_a_command_answers_as_in_its_own_interpreter(tmp_path, end, unbuffered):
     (tmp_path / "beside.py").write_text("here = 1")
     (tmp_path / "script.py").write_text(SCRIPT.format(end=end))
-    asked = dict(cwd=tmp_path, env=os.environ | {"GIVEN": "x y"})
+    asked = dict(cwd=tmp_path, env=os.environ | {"GIVEN": "x y", "PYTHONUNBUFFERED": unbuffered})
     theirs = subprocess.run([sys.executable, tmp_path / "script.py", "a b", "--c"], **asked, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     ours = forks.run(tmp_path / "script.py", "a b", "--c", **asked)
     named = subprocess.run([os.path.join(forks.named_python(), "python"), tmp_path / "script.py", "a b", "--c"], **asked, stdin=subprocess.DEVNULL, capture_output=True, text=True)
