@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .families import DecoderOnly, family_for, padding_last, reorder
 from .inputs import check_candidates, check_ids, check_mask, check_room, check_text, vocabulary_size
 from .modeling import EPTModel, add_offset
+from .scoring import score_rows
 from .weights import fingerprint
 from ..utils.checking import unknown
 
@@ -186,25 +187,11 @@ def score(
         missing = sorted(set(names) - set(candidates))
         if missing:
             raise ValueError(f"no candidates for prompt {', '.join(map(repr, missing))}; give them for each prompt of the batch, or one list for all rows")
-    known = vocabulary_size(self.backbone)
-    rows = [check_candidates(candidates[name] if isinstance(candidates, Mapping) else candidates, known) for name in names]
+    lists = candidates if isinstance(candidates, Mapping) else dict.fromkeys(names, candidates)
+    order = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    known = [check_candidates(lists[name], vocabulary_size(self.backbone)) for name in order]
     text, attention_mask = self._texts(names, input_ids, attention_mask)
-    return _score_rows(*self._read(names, text, attention_mask), rows)
-
-
-def _score_rows(logits, proceed, candidates):
-    "Log-probability of the candidates of each row, [B, n]; minus infinity where a row has fewer than n."
-    number, longest = max(map(len, candidates)), max(len(c) for row in candidates for c in row)
-    filled = [[c + [0] * (longest - len(c)) for c in row] + [[0] * longest] * (number - len(row)) for row in candidates]
-    tokens = torch.tensor(filled, device=logits.device)
-    lengths = torch.tensor([[len(c) for c in row] + [0] * (number - len(row)) for row in candidates], device=logits.device)
-    result = logits.float().log_softmax(-1).gather(1, tokens[..., 0])
-    if longest > 1:
-        later = proceed(tokens[..., :-1].flatten(0, 1), number).float().log_softmax(-1)
-        each = later.gather(-1, tokens[..., 1:].flatten(0, 1)[..., None])[..., 0].unflatten(0, (-1, number))
-        real = torch.arange(1, longest, device=logits.device) < lengths[..., None]
-        result = result + (each * real).sum(-1)
-    return result.masked_fill(lengths == 0, -torch.inf)
+    return score_rows(*self._read(names, text, attention_mask), known, [order[name] for name in names])
 
 # %% ../../nbs/model/27a_bank.ipynb #27bnk021
 @patch

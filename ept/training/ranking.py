@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ..data.tasks import Task
 from ..model.modeling import EPTModel
+from ..model.scoring import distinct_beginnings
 
 # %% ../../nbs/training/40_ranking.ipynb #cfd0c97b
 def batches_by_length(
@@ -43,11 +44,11 @@ def rank_labels(
     texts: list[list[int]],  # token ids of each text, N of them
     candidates: list[list[int]],  # token ids of each label text, n of them
     pad_id: int = 0,  # any token id; it is masked
-    tokens: int = 4096,  # most text tokens in a batch; candidates of several tokens count as copies of the text
+    tokens: int = 4096,  # most text tokens in a batch; each distinct beginning of a candidate counts as a copy of the text
     progress: bool = False,  # show a bar
 ) -> Tensor:  # log-probabilities, float32 on the CPU, [N, n]
     "Log-probability of each label text after each input text."
-    copies = len(candidates) if model.architecture.copies_text and max(map(len, candidates)) > 1 else 1
+    copies = len(distinct_beginnings(candidates)) if model.architecture.copies_text else 1
     batches = batches_by_length([len(t) for t in texts], max(1, 4 * tokens // (3 + copies)))
     result = torch.empty(len(texts), len(candidates))
     model.eval()
