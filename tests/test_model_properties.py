@@ -117,6 +117,7 @@ class TestBatches:
     @FEW
     @given(batches(), st.lists(st.lists(st.one_of(TOKENS, TOKENS, TOKENS, ODD_TOKENS), max_size=3), max_size=3))
     @example((torch.tensor([[5, 6]]), torch.tensor([[1, 1]]), None), [[-1]])
+    @example((torch.tensor([[5, 6], [7, 8]]), torch.tensor([[1, 1], [1, 0]]), None), [[3, 4, 5], [3, 4], [3, 4, 6], [9], [3, 7]])
     def test_score_gives_the_probability_after_each_text_alone_or_refuses(self, kind, batch, candidates):
         model, (ids, mask, wrong) = model_of(kind), batch
         before = unchanged(model)
@@ -126,6 +127,20 @@ class TestBatches:
         if found is not None:
             apart = [model.score(input_ids=text, candidates=[c]) for text in alone(ids, mask) for c in candidates]
             assert_close(found, torch.cat(apart).view(len(ids), -1), rtol=1e-4, atol=1e-4)
+
+    def test_what_candidates_share_is_read_once(self, kind):
+        model = model_of(kind)
+
+        def read(candidates):
+            "The number of positions after which a token is predicted."
+            head, found = model.backbone.get_output_embeddings(), []
+            with head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].shape[:-1].numel())):
+                model.score(input_ids=torch.tensor([[5, 6]]), candidates=candidates)
+            return sum(found)
+
+        last, third = [[5, 6, 7, token] for token in range(8, 16)], [[5, 6, token, 7] for token in range(8, 16)]
+        assert read(last) == read(last[:1]) == 1 + 3
+        assert read(third) == 1 + 8 * 3
 
     @settings(FEW, max_examples=10)
     @given(batches())
