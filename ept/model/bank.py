@@ -187,11 +187,11 @@ def score(
         missing = sorted(set(names) - set(candidates))
         if missing:
             raise ValueError(f"no candidates for prompt {', '.join(map(repr, missing))}; give them for each prompt of the batch, or one list for all rows")
-    lists = candidates if isinstance(candidates, Mapping) else dict.fromkeys(names, candidates)
-    order = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    known = [check_candidates(lists[name], vocabulary_size(self.backbone)) for name in order]
+    given = candidates if isinstance(candidates, Mapping) else dict.fromkeys(names, candidates)
+    places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    lists = [check_candidates(given[name], vocabulary_size(self.backbone)) for name in places]
     text, attention_mask = self._texts(names, input_ids, attention_mask)
-    return score_rows(*self._read(names, text, attention_mask), known, [order[name] for name in names])
+    return score_rows(*self._read(names, text, attention_mask), lists, [places[name] for name in names])
 
 # %% ../../nbs/model/27a_bank.ipynb #27bnk021
 @patch
