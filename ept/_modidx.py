@@ -865,6 +865,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ept.report.figures.first_gates': ('report/figures.html#first_gates', 'ept/report/figures.py'),
                                     'ept.report.figures.label_points': ('report/figures.html#label_points', 'ept/report/figures.py'),
                                     'ept.report.figures.look': ('report/figures.html#look', 'ept/report/figures.py'),
+                                    'ept.report.figures.nest_markers': ('report/figures.html#nest_markers', 'ept/report/figures.py'),
                                     'ept.report.figures.plot_ablations': ('report/figures.html#plot_ablations', 'ept/report/figures.py'),
                                     'ept.report.figures.plot_comparison': ('report/figures.html#plot_comparison', 'ept/report/figures.py'),
                                     'ept.report.figures.plot_curves': ('report/figures.html#plot_curves', 'ept/report/figures.py'),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BLACK', 'ORANGE', 'SKY', 'GREEN', 'YELLOW', 'BLUE', 'RED', 'PINK', 'GREY', 'LOOKS', 'STYLE', 'DIRECTIONS', 'MOST',
-           'NOTED', 'look', 'drawing', 'to_svg', 'Drawing', 'plot_scores', 'label_points', 'plot_parameters',
-           'plot_time', 'time_axis', 'plot_ranks', 'plot_comparison', 'ablated', 'plot_ablations', 'spread',
-           'plot_sweep', 'plot_curves', 'first_gates', 'plot_gates']
+           'NOTED', 'look', 'drawing', 'to_svg', 'Drawing', 'plot_scores', 'label_points', 'nest_markers',
+           'plot_parameters', 'plot_time', 'time_axis', 'plot_ranks', 'plot_comparison', 'ablated', 'plot_ablations',
+           'spread', 'plot_sweep', 'plot_curves', 'first_gates', 'plot_gates']
 
 # %% ../../nbs/report/63_figures.ipynb #a4b284a4
 import base64
@@ -24,6 +24,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from .results import SIZES, ScoreTable, sweep_mean, sweep_points
@@ -200,6 +201,17 @@ def _free_place(spot, others, width, height, taken, inside, unit):
                 return move, box, radius == 6 and up == 0
     return move, box, False
 
+# %% ../../nbs/report/63_figures.ipynb #63fig040
+def nest_markers(
+    axes: Axes,  # whose limits and layout are final
+    markers: list[Line2D],  # of one point each, in the order in which they are drawn
+) -> None:
+    "Where markers meet, make each one larger than those on top of it, so that all of them are seen."
+    near, spots = 2 * axes.figure.dpi / 72, [axes.transData.transform(marker.get_xydata()[0]) for marker in markers]
+    for i, marker in enumerate(markers):
+        above = sum(math.dist(spots[i], spot) < near for spot in spots[i + 1 :])
+        marker.set_markersize(marker.get_markersize() * 1.6**above)
+
 # %% ../../nbs/report/63_figures.ipynb #10ee6f3f
 def _plot_cost(table, column, label, log):
     "Mean score against a cost; a method without that cost is a horizontal line. None for fewer than two methods with a cost."
@@ -210,12 +222,13 @@ def _plot_cost(table, column, label, log):
     with drawing():
         figure = Drawing(figsize=(7.2, 4.4))
         axes = figure.add_subplot()
+        markers = {}
         for method, row in paid.iterrows():
             style = looks[method]
             if not math.isnan(row["low"]):
                 axes.plot([row[column]] * 2, [row["low"], row["high"]], color=style["color"], alpha=0.45, linewidth=1.2, zorder=2)
             edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
-            axes.plot(row[column], row["score"], linestyle="", marker=style["marker"], color=style["color"], markersize=7, **edge, zorder=4)
+            markers[method], = axes.plot(row[column], row["score"], linestyle="", marker=style["marker"], color=style["color"], markersize=7, **edge, zorder=4)
         free = found[found[column] == 0]["score"]
         for method, score in free.items():
             axes.axhline(score, color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
@@ -231,6 +244,7 @@ def _plot_cost(table, column, label, log):
         points, colors = {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}
         bars = {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])}
         label_points(axes, points, colors, free.tolist(), bars)
+        nest_markers(axes, list(markers.values()))
     return figure
 
 
