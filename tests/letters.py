@@ -32,9 +32,9 @@ class Project:
         joined = f"  joined:\n    cmd: cat ?.txt > joined; echo joined >> ran\n    deps: [{', '.join(f'{x}.txt' for x in LETTERS)}]\n    outs: [joined]\n"
         (folder / "dvc.yaml").write_text("stages:\n" + letters + joined + textwrap.indent(textwrap.dedent(extra), "  "))
 
-    def reproduce(self, targets=("dvc.yaml",), watch=None, **cluster):
+    def reproduce(self, targets=("dvc.yaml",), watch=None, allow_missing=False, **cluster):
         """Bring it up to date with us."""
-        return reproduce(Stages(self.folder, targets), Cluster(**{"gpus": 0} | cluster), self.setup, watch)
+        return reproduce(Stages(self.folder, targets), Cluster(**{"gpus": 0} | cluster), self.setup, watch, allow_missing)
 
     @property
     def setup(self):

@@ -74,15 +74,15 @@ class Clone:
     def run(self, *arguments, **options):
         return self.call("nbs/pipelines/run.py", *arguments, **options)
 
-    def reproduce(self, jobs=2):
+    def reproduce(self, *options, jobs=2):
         """Stages that `make reproduce` has run."""
-        return sorted(set(self.order(jobs)))
+        return sorted(set(self.order(*options, jobs=jobs)))
 
-    def order(self, jobs=2):
+    def order(self, *options, jobs=2):
         """The same, in the order in which they have begun; twice, what was run twice."""
         journal = self.root / "runs" / "logs" / "stages.log"
         journal.unlink(missing_ok=True)
-        self.said = self.call("nbs/pipelines/reproduce.py", "--jobs", str(jobs))
+        self.said = self.call("nbs/pipelines/reproduce.py", "--jobs", str(jobs), *options)
         lines = journal.read_text().splitlines() if journal.exists() else []
         return self.stages("".join(f"Running stage '{line.split()[2]}'" for line in lines if line.split()[1] == "begins"))
 

@@ -142,6 +142,18 @@ def test_a_run_again_leaves_git_clean(clone):
     assert clone.git("status", "--porcelain") == ""
 
 
+def test_a_grid_goes_on_in_a_new_clone(clone, back):
+    """Adapters are not committed. Records are, and nothing is trained again for them; what new runs read is made."""
+    shutil.rmtree(clone.root / "runs")
+    assert clone.reproduce("--allow-missing", jobs=1) == [] and "0 runs made and 6 found up to date" in clone.said
+    before = clone.files("results/scores")
+    clone.write({**PARAMETERS, "methods": {**PARAMETERS["methods"], "pt": {"learning_rate": 0.1}}})
+    ran = clone.reproduce("--allow-missing")
+    assert ran == sorted(["backbone", "report", *(f"{t}:{s}" for t in TASKS for s in ("prepare", "train@pt-0", "evaluate@pt-0"))])
+    after = clone.files("results/scores")
+    assert {name for name in after if after[name] != before[name]} == {f"{t}-pt-0.json" for t in TASKS}
+
+
 def test_plain_dvc_makes_the_same(clone, back):
     shutil.rmtree(clone.root / "runs")
     trained = [f"cb:{s}" for s in ("prepare", "train@pt-0", "train@ept-0")]

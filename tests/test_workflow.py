@@ -1,6 +1,7 @@
 """DVC's stages on the workers of Dask: the same locks and files as `dvc repro` makes, whatever is killed on the way."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -73,6 +74,47 @@ def test_only_what_has_changed_runs_again_and_what_turns_out_the_same_saves_the_
     (project.folder / "dvc.yaml").write_text(text.replace("echo a $(", "echo  a $("))  # another command, the same output
     summary = project.reproduce()
     assert list(summary.made) == ["a"] and "joined" in summary.unchanged
+
+
+def test_what_is_only_missing_is_made_again_when_a_stage_that_has_to_run_reads_it(project):
+    project.reproduce()
+    for name in ("a.txt", "b.txt"):
+        (project.folder / name).unlink()
+    assert not project.reproduce(allow_missing=True).made and not (project.folder / "a.txt").exists()
+    text = (project.folder / "dvc.yaml").read_text()
+    (project.folder / "dvc.yaml").write_text(text + "  first:\n    cmd: cat a.txt > first; echo first >> ran\n    deps: [a.txt]\n    outs: [first]\n")
+    assert list(project.reproduce(allow_missing=True).made) == ["a", "first"] and not (project.folder / "b.txt").exists()
+    assert list(project.reproduce().made) == ["b"], "without it, all that is missing"
+
+
+def test_whatever_is_missing_and_whatever_differs_no_stage_runs_without_what_it_reads(project):
+    project.reproduce()
+    whole, lock = (project.folder / "dvc.yaml").read_text(), (project.folder / "dvc.lock").read_text()
+    files = {name: (project.folder / name).read_text() for name in ("a.txt", "b.txt", "joined")}
+    edits = {None: whole, "a": whole.replace("echo a $(", "echo  a $("), "joined": whole.replace("cat ?.txt", "cat  ?.txt")}
+    for gone, (other, text) in itertools.product(itertools.chain.from_iterable(itertools.combinations(files, n) for n in range(4)), edits.items()):
+        for name, content in files.items():
+            (project.folder / name).unlink(missing_ok=True) if name in gone else (project.folder / name).write_text(content)
+        (project.folder / "dvc.yaml").write_text(text)
+        stages = Stages(project.folder)
+        due = set(stages) - stages.spared()
+        assert {stage for stage in stages if stages.differs(stage)} == ({other} - {None}), (gone, other)
+        assert due == ({"joined", *({"a"} if other == "a" or "a.txt" in gone else ()), *({"b"} if "b.txt" in gone else ())} if other else set()), (gone, other)
+    assert (project.folder / "dvc.lock").read_text() == lock
+
+
+def test_a_missing_file_that_was_made_of_something_else_is_no_reason_to_stand(project):
+    project.reproduce()
+    (project.folder / "a.txt").unlink()
+    (project.folder / "table").write_text("2\n")
+    assert project.reproduce(targets=("a",)).complete
+    (project.folder / "a.txt").unlink()  # and the lock of `joined` knows the one before
+    for letter in "bcd":
+        assert project.reproduce(targets=(letter,)).complete
+    stages = Stages(project.folder)
+    assert stages.differs("joined") and stages.spared() == {"b", "c", "d"}
+    assert list(project.reproduce(allow_missing=True).made) == ["a", "joined"]
+    assert (project.folder / "joined").read_text().splitlines()[0] == "a 2"
 
 
 def test_a_stage_comes_from_the_cache_as_with_dvc(tmp_path):

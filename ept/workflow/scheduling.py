@@ -145,9 +145,11 @@ class Coordinator:
         stages: Stages,
         open_workers: Callable[[], Workers],  # asked once, when the first stage has to run
         watch: Watch,
+        allow_missing: bool = False,  # leave alone those that nothing but missing files speaks against, and whose files nobody needs
     ):
         self.stages, self.open_workers, self.watch, self.opened = stages, open_workers, watch, ExitStack()
         self.schedule, self.summary = Schedule(stages.needs), Summary()
+        self.spared = stages.spared() if allow_missing else set()
         self.running: dict[str, Future] = {}
         self.attempts: dict[str, int] = {}
         self.ended: queue.Queue[tuple[str, Future]] = queue.Queue()  # a SimpleQueue may wait for ever when a signal comes
@@ -194,7 +196,8 @@ def step(self: Coordinator) -> bool:
 def begin(self: Coordinator, stage: str) -> None:
     "Look at a stage whose needs are up to date, and give it to the workers if it has changed."
     try:
-        changed = stage in self.attempts or self.stages.changed(stage)
+        differs = self.stages.differs if stage in self.spared else self.stages.changed
+        changed = stage in self.attempts or differs(stage)
         job = self.stages.begin(stage) if changed else None
     except LockError:  # another command of DVC has its files
         self.schedule.put_off(stage, PATIENCE)
@@ -277,8 +280,9 @@ def reproduce(
     cluster: Cluster,
     setup: Setup,  # of the workers
     watch: Watch | None = None,
+    allow_missing: bool = False,  # leave alone those that nothing but missing files speaks against, and whose files nobody needs
 ) -> Summary:
     "Bring DVC's stages up to date on the workers of a cluster; where nothing has to run, none is started."
     kind, watch = LocalWorkers if cluster.engine == "local" else DaskWorkers, watch or Watch()
     watch.start(stages, setup)
-    return Coordinator(stages, lambda: kind(cluster, setup), watch).run()
+    return Coordinator(stages, lambda: kind(cluster, setup), watch, allow_missing).run()

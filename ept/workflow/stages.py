@@ -98,9 +98,17 @@ def changed(
     "Whether DVC would run it: its command, what it depends on or its outputs are not what they were."
     stage = self.stages[name]
     with self._dvc():
-        if stage.changed_stage() or (not stage.frozen and (stage.is_callback or stage.always_changed)):
-            return True
-        return any(item.status() for item in (*(() if stage.frozen else stage.deps), *stage.outs))
+        return _runs_anyway(stage) or any(item.status() for item in (*_read(stage), *stage.outs))
+
+
+def _runs_anyway(stage):
+    "Whether a stage runs whatever its files are."
+    return stage.changed_stage() or (not stage.frozen and (stage.is_callback or stage.always_changed))
+
+
+def _read(stage):
+    "What can make a stage run again."
+    return () if stage.frozen else stage.deps
 
 # %% ../../nbs/workflow/71_stages.ipynb #f29d02e9
 @contextmanager
@@ -242,3 +250,36 @@ def _write(self: Stages, stage):
     else:
         with self.repo.fs.open(str(file), "w", encoding="utf-8") as f:
             f.write(text)
+
+# %% ../../nbs/workflow/71_stages.ipynb #71mis002
+@patch
+def differs(
+    self: Stages,
+    name: str,  # address of a stage
+) -> bool:
+    "Whether DVC would run it for another reason than missing files, of which the lock files say what they were."
+    stage, made = self.stages[name], {out.fs_path: out.hash_info for other in self.stages.values() for out in other.outs}
+    with self._dvc():
+        return (
+            _runs_anyway(stage)
+            or any(made.get(dep.fs_path) != dep.hash_info if _missing(dep) else dep.status() for dep in _read(stage))
+            or any(out.status() for out in stage.outs if not _missing(out))
+        )
+
+
+def _missing(item):
+    "Whether a file is not there of which the lock file knows what it was."
+    return bool(item.hash_info) and not item.exists
+
+# %% ../../nbs/workflow/71_stages.ipynb #71mis003
+@patch
+def spared(self: Stages) -> set[str]:  # addresses
+    "The stages that stand, though what they have made may be missing: neither they nor what they need differs, and no stage that has to run reads what is missing."
+    due = set()
+    for name in self:
+        if self.needs[name] & due or self.differs(name):
+            due.add(name)
+    for name in reversed(self.stages):
+        if name in due:
+            due |= {other for other in self.needs[name] if any(map(_missing, self.stages[other].outs))}
+    return self.stages.keys() - due

@@ -130,11 +130,11 @@ def fetched(profile):
     return ("backbone", *(f"tasks/{task}/dvc.yaml:prepare" for task in profile.prepared))
 
 
-def show(stages, cluster):
+def show(stages, cluster, allow_missing):
     "Print what would run, and how, without running it."
-    due = set()
+    due, spared = set(), stages.spared() if allow_missing else None
     for stage in stages:
-        if stages.needs[stage] & due or stages.changed(stage):
+        if stage not in spared if allow_missing else stages.needs[stage] & due or stages.changed(stage):
             due.add(stage)
             print(stage)
     print(f"{len(due)} of {len(stages)} stages would run; one that turns out as it was saves those that need it")
@@ -164,6 +164,7 @@ def parser_of(profiles):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Where the stages run is said in the section [cluster] of settings.ini.")
     parser.add_argument("--profile", default=next(iter(profiles)), help=f"one of: {', '.join(profiles)} (default: %(default)s)")
     parser.add_argument("--jobs", type=int, help="stages at a time, in place of `workers` in settings.ini")
+    parser.add_argument("--allow-missing", action="store_true", help="leave runs alone whose records hold, though their adapters are missing: to go on with a grid in a new clone")
     parser.add_argument("--fetch", action="store_true", help="only bring the rows and the backbone, on this machine: for a cluster whose nodes reach no network")
     parser.add_argument("--dry-run", action="store_true", help="only say what would run, and on a cluster show the script of a job")
     return parser
@@ -187,14 +188,17 @@ def main(arguments=None):
             write_layout(profile)
             bring(profile)
             with keep_others_away(folder, say):
+                setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
+                if chosen.allow_missing and not chosen.dry_run:  # all stages need the plan, each a part of it: which of them differ can be said when it is there
+                    reproduce(Stages(folder, ("plan",)), cluster, setup)
                 stages = Stages(folder, fetched(profile) if chosen.fetch else ("dvc.yaml",))
                 list(map(say, stages.mended))
                 if chosen.dry_run:
-                    show(stages, cluster)
+                    show(stages, cluster, chosen.allow_missing)
                     return 0
                 say(f"{len(runs.runs)} runs of profile {profile.profile}; what their stages print is in {os.path.relpath(folder / 'runs' / 'logs')}")
-                setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
-                summary = reproduce(stages, cluster, setup, Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log"))
+                watch = Progress(profile.profile, runs.describe, runs.expected(), journal=f"{setup.logs}/stages.log")
+                summary = reproduce(stages, cluster, setup, watch, chosen.allow_missing)
             if summary.complete and not chosen.fetch:
                 remove_ended(folder / "runs" / "checkpoints")
     except (ValueError, OSError, RuntimeError, DvcException) as error:
