@@ -130,14 +130,24 @@ def fetched(profile):
     return ("backbone", *(f"tasks/{task}/dvc.yaml:prepare" for task in profile.prepared))
 
 
+def due(stages, allow_missing):
+    "The stages that would run, as far as that can be said beforehand."
+    if allow_missing:
+        spared = stages.spared()
+        return [stage for stage in stages if stage not in spared]
+    found = {}
+    for stage in stages:
+        if stages.needs[stage] & found.keys() or stages.changed(stage):
+            found[stage] = None
+    return list(found)
+
+
 def show(stages, cluster, allow_missing):
     "Print what would run, and how, without running it."
-    due, spared = set(), stages.spared() if allow_missing else None
-    for stage in stages:
-        if stage not in spared if allow_missing else stages.needs[stage] & due or stages.changed(stage):
-            due.add(stage)
-            print(stage)
-    print(f"{len(due)} of {len(stages)} stages would run; one that turns out as it was saves those that need it")
+    names = due(stages, allow_missing)
+    for name in names:
+        print(name)
+    print(f"{len(names)} of {len(stages)} stages would run; one that turns out as it was saves those that need it")
     if cluster.engine in BATCH:
         print(f"\non {cluster.workers} jobs of {cluster.engine}, each with this script:\n\n{cluster.job_script()}")
 
