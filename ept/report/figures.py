@@ -212,6 +212,23 @@ def nest_markers(
         above = sum(math.dist(spots[i], spot) < near for spot in spots[i + 1 :])
         marker.set_markersize(marker.get_markersize() * 1.6**above)
 
+# %% ../../nbs/report/63_figures.ipynb #63fig042
+def _mark(axes, x, row, style):
+    "A method's marker at a cost and its mean score, with an upright line for the interval."
+    if not math.isnan(row["low"]):
+        axes.plot([x, x], [row["low"], row["high"]], color=style["color"], alpha=0.45, linewidth=1.2, zorder=2)
+    edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
+    return axes.plot(x, row["score"], linestyle="", marker=style["marker"], color=style["color"], markersize=7, **edge, zorder=4)[0]
+
+
+def _logarithmic(axes, low, high):
+    "A logarithmic cost axis from a little below the lowest to a little above the highest."
+    axes.set_xscale("log")
+    axes.set_xlim(low / max(1.6, (high / low) ** 0.08), high * max(1.6, (high / low) ** 0.12))
+    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+
 # %% ../../nbs/report/63_figures.ipynb #10ee6f3f
 def _plot_cost(table, column, label, log):
     "Mean score against a cost; a method without that cost is a horizontal line. None for fewer than two methods with a cost."
@@ -222,13 +239,7 @@ def _plot_cost(table, column, label, log):
     with drawing():
         figure = Drawing(figsize=(7.2, 4.4))
         axes = figure.add_subplot()
-        markers = {}
-        for method, row in paid.iterrows():
-            style = looks[method]
-            if not math.isnan(row["low"]):
-                axes.plot([row[column]] * 2, [row["low"], row["high"]], color=style["color"], alpha=0.45, linewidth=1.2, zorder=2)
-            edge = {"markeredgecolor": "white", "markeredgewidth": 0.7}
-            markers[method], = axes.plot(row[column], row["score"], linestyle="", marker=style["marker"], color=style["color"], markersize=7, **edge, zorder=4)
+        markers = [_mark(axes, row[column], row, looks[method]) for method, row in paid.iterrows()]
         free = found[found[column] == 0]["score"]
         for method, score in free.items():
             axes.axhline(score, color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
@@ -244,17 +255,8 @@ def _plot_cost(table, column, label, log):
         points, colors = {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}
         bars = {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])}
         label_points(axes, points, colors, free.tolist(), bars)
-        nest_markers(axes, list(markers.values()))
+        nest_markers(axes, markers)
     return figure
-
-
-def _logarithmic(axes, low, high):
-    "A logarithmic cost axis from a little below the lowest to a little above the highest."
-    axes.set_xscale("log")
-    axes.set_xlim(low / max(1.6, (high / low) ** 0.08), high * max(1.6, (high / low) ** 0.12))
-    axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0,) if high > 30 * low else (1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 # %% ../../nbs/report/63_figures.ipynb #0845452a
 def plot_parameters(

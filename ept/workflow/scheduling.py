@@ -148,8 +148,7 @@ class Coordinator:
         allow_missing: bool = False,  # leave alone those that nothing but missing files speaks against, and whose files nobody needs
     ):
         self.stages, self.open_workers, self.watch, self.opened = stages, open_workers, watch, ExitStack()
-        self.schedule, self.summary = Schedule(stages.needs), Summary()
-        self.spared = stages.spared() if allow_missing else set()
+        self.schedule, self.summary, self.spared = Schedule(stages.needs), Summary(), stages.spared() if allow_missing else set()
         self.running: dict[str, Future] = {}
         self.attempts: dict[str, int] = {}
         self.ended: queue.Queue[tuple[str, Future]] = queue.Queue()  # a SimpleQueue may wait for ever when a signal comes
