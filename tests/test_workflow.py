@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,24 @@ def test_a_missing_file_that_was_made_of_something_else_is_no_reason_to_stand(pr
     assert stages.differs("joined") and stages.spared() == {"b", "c", "d"}
     assert list(project.reproduce(allow_missing=True).made) == ["a", "joined"]
     assert (project.folder / "joined").read_text().splitlines()[0] == "a 2"
+
+
+def test_a_missing_file_of_a_missing_folder_is_as_good_as_the_folder(tmp_path):
+    project = Project(tmp_path, extra="""
+        rows:
+          cmd: mkdir rows; cp table rows/some
+          deps: [table]
+          outs: [rows: {cache: false}]
+        count:
+          cmd: wc -l < rows/some > count
+          deps: [rows/some]
+          outs: [count: {cache: false}]
+    """)  # fmt: skip
+    project.reproduce()
+    shutil.rmtree(tmp_path / "rows")
+    assert not project.reproduce(allow_missing=True).made
+    (tmp_path / "table").write_text("1\n2\n")
+    assert {"rows", "count"} <= project.reproduce(allow_missing=True).made.keys() and (tmp_path / "count").read_text().strip() == "2"
 
 
 def test_a_stage_comes_from_the_cache_as_with_dvc(tmp_path):

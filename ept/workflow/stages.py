@@ -262,7 +262,7 @@ def differs(
     with self._dvc():
         return (
             _runs_anyway(stage)
-            or any(made.get(dep.fs_path) != dep.hash_info if _missing(dep) else dep.status() for dep in _read(stage))
+            or any(made.get(dep.fs_path, dep.hash_info) != dep.hash_info if _missing(dep) else dep.status() for dep in _read(stage))
             or any(out.status() for out in stage.outs if not _missing(out))
         )
 
