@@ -74,6 +74,7 @@ class Stages:
             stages = plan_repro(graph, collect_stages(self.repo, targets))
             self.stages = {stage.addressing: stage for stage in stages}  # in DVC's order
             self.needs = {stage.addressing: {other.addressing for other in graph.successors(stage)} for stage in stages}
+        self.outs = {out.fs_path: out for stage in stages for out in stage.outs}
         self.begun = {}  # stage that runs -> its lock, and what it depended on when it began
 
     @contextmanager
@@ -258,11 +259,11 @@ def differs(
     name: str,  # address of a stage
 ) -> bool:
     "Whether DVC would run it for another reason than missing files, of which the lock files say what they were."
-    stage, made = self.stages[name], {out.fs_path: out.hash_info for other in self.stages.values() for out in other.outs}
+    stage = self.stages[name]
     with self._dvc():
         return (
             _runs_anyway(stage)
-            or any(made.get(dep.fs_path, dep.hash_info) != dep.hash_info if _missing(dep) else dep.status() for dep in _read(stage))
+            or any(self.outs.get(dep.fs_path, dep).hash_info != dep.hash_info if _missing(dep) else dep.status() for dep in _read(stage))
             or any(out.status() for out in stage.outs if not _missing(out))
         )
 

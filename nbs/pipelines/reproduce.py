@@ -200,7 +200,10 @@ def main(arguments=None):
             with keep_others_away(folder, say):
                 setup = Setup(str(folder / "runs" / "logs"), str(folder / ".dvc" / "tmp" / "stages"), ("preload",), (str(ROOT), str(HERE)))
                 if chosen.allow_missing and not chosen.dry_run:  # all stages need the plan, each a part of it: which of them differ can be said when it is there
-                    reproduce(Stages(folder, ("plan",)), cluster, setup)
+                    plan = Stages(folder, ("plan",))
+                    list(map(say, plan.mended))
+                    if (summary := reproduce(plan, cluster, setup)).stopped:
+                        return conclude(summary, runs, duration(time.monotonic() - start))
                 stages = Stages(folder, fetched(profile) if chosen.fetch else ("dvc.yaml",))
                 list(map(say, stages.mended))
                 if chosen.dry_run:
