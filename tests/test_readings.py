@@ -33,9 +33,14 @@ def trained(model, steps=4, rate=0.05):
 # ---- the first reading stays what it was ----------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_the_first_reading():
-    assert {name: getattr(EPTConfig(), name) for name in FIRST_READING} == FIRST_READING
-    assert METHODS["ept"].resolve({})[0] == EPTConfig()
+def test_the_first_reading_is_a_method_and_the_others_began_from_it():
+    assert METHODS["ept"].resolve({})[0] == EPTConfig() != EPTConfig(**FIRST_READING)
+    assert METHODS["ept-unmasked"].resolve({})[0] == EPTConfig(**FIRST_READING)
+    for name in ("ept-values", "ept-nonlinear", "ept-serial", "ept-shared", "ept-svd", "ept-relative", "ept-text-gate"):
+        config = METHODS[name].resolve({})[0]
+        assert config.fusion_reads == "all" and config != EPTConfig(**FIRST_READING), name
+    for name in ("ept-no-fusion", "ept-no-projection", "ept-one-space"):
+        assert METHODS[name].resolve({})[0].fusion_reads == "trained", f"{name} is EPT without one thing, not the first reading"
 
 
 def version_one(folder):
@@ -59,11 +64,13 @@ def test_todays_defaults_have_no_say_in_version_1(tmp_path, monkeypatch):
     version_one(model.save_pretrained(tmp_path / "adapter"))
     given = EPTConfig.__init__.__defaults__
     names = [f.name for f in fields(EPTConfig)]
-    others = {"projection_of": "fused", "gate_reads": "prompt", "fusion_reads": "trained"}
+    others = {"projection_of": "fused", "gate_reads": "prompt"}
     monkeypatch.setattr(EPTConfig.__init__, "__defaults__", tuple(others.get(name, value) for name, value in zip(names, given)))
-    assert EPTConfig().projection_of == "fused"
+    assert EPTConfig().projection_of == "fused" and EPTConfig().fusion_reads == "trained"
     again = EPTModel.from_pretrained(tiny_t5(), tmp_path / "adapter")
     assert torch.equal(again.prompt()[0], model.prompt()[0])
+    again.prompt.cover(4)
+    assert torch.equal(again.prompt()[0], model.prompt()[0]), "its fusion reads all rows, however long the training texts were"
 
 
 # ---- controls -------------------------------------------------------------------------------------------------------------
@@ -114,7 +121,7 @@ def test_all_readings_go_together(backbone):
 
 def test_combined_readings_are_saved_whole(tmp_path):
     choices = dict(
-        fusion_reads="trained", fusion_values="learned", fusion_start=0.1, projection_of="fused", bottleneck="shared", nonlinearity="gelu", pair_start="svd", relative=True
+        fusion_reads="all", fusion_values="learned", fusion_start=0.1, projection_of="fused", bottleneck="shared", nonlinearity="gelu", pair_start="svd", relative=True
     )
     model = perturbed(EPTModel(tiny_t5(), EPTConfig(**SIZES, **choices)))
     model.prompt.cover(5)
@@ -133,7 +140,7 @@ def test_a_choice_that_is_none_is_refused(name, given):
 
 
 def test_masked_fusion_does_not_know_rows_behind_the_training_texts():
-    model = perturbed(build_method("ept-masked", tiny_t5(), **SIZES))
+    model = perturbed(build_method("ept", tiny_t5(), **SIZES))
     model.prompt.cover(4)
     total = model.prompt()[0]
     total.square().sum().backward()
@@ -142,7 +149,7 @@ def test_masked_fusion_does_not_know_rows_behind_the_training_texts():
     with torch.no_grad():
         model.prompt.offset.position_factors[4:] *= 9
     assert torch.equal(model.prompt()[0], total)
-    everything = perturbed(build_method("ept", tiny_t5(), **SIZES))
+    everything = perturbed(build_method("ept-unmasked", tiny_t5(), **SIZES))
     everything.prompt.cover(4)
     before = everything.prompt()[0]
     with torch.no_grad():
@@ -212,7 +219,7 @@ def test_training_tells_how_far_its_texts_reach(tmp_path):
     data, backbone = DatasetDict(train=rows, validation=rows, test=rows), tiny_backbone("t5")
     sizes = {name: value for name, value in SIZES.items() if name != "seed"} | {"max_length": 40}
     task, training = Task("short", fields=("text",), labels=("no", "yes")), TrainingConfig(steps=2, batch_size=4, evaluate_every=1)
-    run = train(task, "ept-masked", 0, backbone, data, tmp_path / "run", training=training, sizes=sizes | {"prompt_length": 60}, progress=False)
+    run = train(task, "ept", 0, backbone, data, tmp_path / "run", training=training, sizes=sizes | {"prompt_length": 60}, progress=False)
     longest = len(backbone.tokenizer("text: abab").input_ids)
     assert run.config["sizes"]["covered_length"] == longest < 40
     assert EPTModel.from_pretrained(backbone.model, run.adapter_dir).prompt_config.covered_length == longest

@@ -47,7 +47,9 @@ def score_rows(
     if depth:
         read = _fill([_fill(known, device, depth) for known in beginnings], device)
         after = proceed(read[lists].flatten(0, 1), read.shape[1]).float().log_softmax(-1).unflatten(0, (len(lists), -1))
-        rows, copy, place = torch.arange(len(lists), device=device)[:, None, None], _fill(copies, device)[lists][..., None], torch.arange(depth, device=device)
+        rows = torch.arange(len(lists), device=device)[:, None, None]
+        copy = _fill(copies, device)[lists][..., None]
+        place = torch.arange(depth, device=device)
         each = after[rows, copy, place, tokens[..., 1:]]
         result = result + (each * (place + 1 < lengths[..., None])).sum(-1)
     return result.masked_fill(lengths == 0, -torch.inf)

@@ -34,7 +34,7 @@ PROJECTIONS = {  # by `bottleneck` and `nonlinearity`
 }
 CHOICES = {  # what fields of `EPTConfig` may be
     "initialisation": ("vocabulary", "text", "labels", "random"),
-    "fusion_reads": ("all", "trained"),
+    "fusion_reads": ("trained", "all"),
     "fusion_values": tuple(FUSIONS),
     "bottleneck": ("separate", "shared"),
     "nonlinearity": ("none", "gelu"),
@@ -62,7 +62,7 @@ class EPTConfig:
     initialisation: str = "vocabulary"  # of P: one of `CHOICES`, as all words below
     initial_text: str | None = None  # for "text" and "labels": what P spells at the start, repeated to m tokens
     seed: int = 0  # of every random start
-    fusion_reads: str = "all"  # rows of the pair that fusion attends to; "trained": the first `covered_length`
+    fusion_reads: str = "trained"  # rows of the pair that fusion attends to: the first `covered_length`, or "all"
     covered_length: int | None = None  # longest training text in tokens, which training sets; None: not known, all s
     fusion_values: str = "raw"  # what fusion finds: the rows themselves, or mapped by what is "learned"
     fusion_start: float = 0.0  # of the strength g_f
