@@ -164,7 +164,7 @@ def conclude(summary, runs, took):
     print(f"{len(ended)} runs made and {len(runs.runs) - len(ended)} found up to date in {took}")
     equal, known = runs.committed()
     if known:
-        print(f"{equal} of {known} committed scores found again{'' if equal == known else '; another processor adds in another order'}")
+        print(f"{equal} of {known} committed scores found again{'' if equal == known else '; another processor adds in another order, or computes in another precision'}")
     print(f"look at {os.path.relpath(runs.folder / 'results' / 'report' / 'report.html')}")
     return 0
 
