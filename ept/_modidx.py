@@ -1387,6 +1387,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'ept.training.training._hash': ('training/training.html#_hash', 'ept/training/training.py'),
                                        'ept.training.training._history': ('training/training.html#_history', 'ept/training/training.py'),
                                        'ept.training.training._identity': ('training/training.html#_identity', 'ept/training/training.py'),
+                                       'ept.training.training._named': ('training/training.html#_named', 'ept/training/training.py'),
                                        'ept.training.training._peak_memory': ( 'training/training.html#_peak_memory',
                                                                                'ept/training/training.py'),
                                        'ept.training.training._processes': ( 'training/training.html#_processes',

@@ -493,3 +493,20 @@ def test_the_library_serves_a_users_own_table(tmp_path):
     data = load_task(TASK, source=frame)
     run = train(TASK, "dept", 1, tiny_backbone("t5"), data, tmp_path / "a", training=CONFIG, sizes=SIZES, progress=False)
     assert evaluate(run.adapter_dir, TASK, tiny_backbone("t5"), data).metrics["n"] == len(data["test"])
+
+
+def test_processors_that_share_a_name_are_told_apart(monkeypatch):
+    from ept.training import training
+
+    described, read = {}, training.Path.read_text
+    monkeypatch.setattr(training.Path, "read_text", lambda self, *given, **more: described["cpu"] if str(self) == "/proc/cpuinfo" else read(self, *given, **more))
+    monkeypatch.setattr(training.Path, "exists", lambda self: True)
+    names = []
+    for family, model in ((25, 17), (25, 1), (23, 17)):
+        described["cpu"] = f"processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: AMD EPYC\nflags\t\t: fpu\n" * 2
+        names.append(training._processor(torch.device("cpu")))
+    assert len(set(names)) == 3 and all(name.startswith("AMD EPYC (") for name in names)
+    described["cpu"] = "processor\t: 0\nmodel name\t: ARM core\n"
+    assert training._processor(torch.device("cpu")).startswith("ARM core, ")
+    described["cpu"] = "processor\t: 0\nBogoMIPS\t: 50.00\n"
+    assert training._processor(torch.device("cpu")).startswith(training.platform.processor() or training.platform.machine())

@@ -86,8 +86,14 @@ def _processor(device):
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{_named(described) or platform.processor() or platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _named(described):
+    "A CPU by its name and its numbers, of what Linux says: virtual machines have one name for several CPUs. Empty where no name is said."
+    said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in described.splitlines())}
+    numbers = [f"{label} {said[key]}" for label, key in (("family", "cpu family"), ("model", "model")) if key in said]
+    return said.get("model name", "") and said["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def _peak_memory(device):
