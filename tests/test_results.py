@@ -974,6 +974,17 @@ def test_runs_of_one_method_by_different_code_are_mixed(tmp_path):
     assert "come from 2 versions of the code" in caveats(read(p, tmp_path))[1]
 
 
+def test_runs_in_two_precisions_are_mixed(two):
+    p, root = two
+    for key, precision in (("cola-ept-0", "float32"), ("cola-lora-0", "float32")):
+        measure(root, p, key, 5.0, "a", precision=precision)
+    publish_costs(p, root, replace=True)
+    assert caveats(read(p, root)) == []
+    measure(root, p, "cola-lora-0", 5.0, "a", precision="bfloat16")
+    publish_costs(p, root, replace=True)
+    assert "come from 2 precisions:" in caveats(read(p, root))[0]
+
+
 def test_what_does_not_fit_together_is_said(two):
     p, root = two
     for more, words in (

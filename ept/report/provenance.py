@@ -115,7 +115,7 @@ def _other(table, there):
 
 # %% ../../nbs/report/61a_provenance.ipynb #1902611e
 def _mixed(table, there):
-    "A sentence on records that differ in code, backbone or packages."
+    "A sentence on records that differ in code, backbone, packages or precision."
     versions = {}  # stages have fingerprints with the method's own module, and are compared within a method; those of format 1 are compared over all
     for record in there:
         for stage, version in _code(record).items():
@@ -124,6 +124,7 @@ def _mixed(table, there):
         "versions of the code": max(map(len, versions.values()), default=0),
         "backbones": len({_backbone(r) for r in there if (r.get("backbone") or {}).get("name")}),
         "sets of packages": len({_packages(r) for r in there}),
+        "precisions": len({r["precision"] for r in there if r.get("precision")}),
     }
     several = [f"{count} {name}" for name, count in counts.items() if count > 1]
     return f"The runs come from {' and '.join(several)}: a difference between two of them may be a difference of these." if several else ""
@@ -131,7 +132,7 @@ def _mixed(table, there):
 
 def caveats(
     table: ScoreTable,
-) -> list[str]:  # sentences; empty where all records are in today's format, of the present code, and share backbone and packages
+) -> list[str]:  # sentences; empty where all records are in today's format, of the present code, and share backbone, packages and precision
     "What in the origin of the records makes their scores hard to compare or to repeat."
     there = _records(table)
     return [text for question in (_earlier, _other, _mixed) if (text := question(table, there))]
