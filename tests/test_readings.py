@@ -120,9 +120,7 @@ def test_all_readings_go_together(backbone):
 
 
 def test_combined_readings_are_saved_whole(tmp_path):
-    choices = dict(
-        fusion_reads="all", fusion_values="learned", fusion_start=0.1, projection_of="fused", bottleneck="shared", nonlinearity="gelu", pair_start="svd", relative=True
-    )
+    choices = dict(fusion_reads="all", fusion_values="learned", fusion_start=0.1, projection_of="fused", bottleneck="shared", nonlinearity="gelu", pair_start="svd", relative=True)
     model = perturbed(EPTModel(tiny_t5(), EPTConfig(**SIZES, **choices)))
     model.prompt.cover(5)
     again = EPTModel.from_pretrained(tiny_t5(), model.save_pretrained(tmp_path))

@@ -617,8 +617,9 @@ def test_what_trains_nothing_needs_no_measurement(filled):
 def test_a_report_says_what_its_times_were_measured_on(filled):
     p, root = filled
     assert "measured on: a processor (cpu, float32)." in score_table(read(p, root)).markdown()
-    for task in ("cola", "cb"):
-        measure(root, p, f"{task}-ept-0", 5.0, "again", processor="another, faster")
+    measure(root, p, "cola-ept-0", 5.0, "again", processor="another, faster")
+    assert "of the time of `pt` (1 run of each), wall-clock" in " ".join(findings(read(p, root)))
+    measure(root, p, "cb-ept-0", 5.0, "again", processor="another, faster")
     table = read(p, root)
     assert "measured on: a processor (cpu, float32), 2 runs; another, faster (cpu, float32), 2 runs." in dict(protocol(table))["Times"]
     assert math.isnan(table.overall().set_index("method")["time_of_pt"]["ept"]), "seconds of different processors are not compared"

@@ -20,18 +20,18 @@ def _fixes(**choices):
     return lambda config: replace(config, **choices)
 
 
-def _first_reading(**choices):
+def _first(**choices):
     "The first reading, whose fusion reads every row of the pair, with some choices made."
     return _fixes(fusion_reads="all", **choices)
 
 
-register(Method("ept-unmasked", "EPT whose fusion reads all rows, trained or not", _EPT, SoftPrompt, _first_reading(), about="own; our first reading of EPT", role="ablation"))
-register(Method("ept-values", "EPT whose fusion learns what it finds", _EPT, SoftPrompt, _first_reading(fusion_values="learned", fusion_start=0.1), about=_OWN, role="ablation"))
-register(Method("ept-nonlinear", "EPT with nonlinear spaces of one size", _EPT, SoftPrompt, _first_reading(nonlinearity="gelu"), about=_OWN, role="ablation"))
-register(Method("ept-serial", "EPT that projects what fusion has made", _EPT, SoftPrompt, _first_reading(projection_of="fused"), about=_OWN, role="ablation"))
-register(Method("ept-shared", "EPT with one bottleneck and one gate for all", _EPT, SoftPrompt, _first_reading(bottleneck="shared", gate_reads="prompt"), about=_OWN, role="ablation"))
-register(Method("ept-svd", "EPT whose pair starts from words", _EPT, SoftPrompt, _first_reading(pair_start="svd"), about=_OWN, role="ablation"))
-register(Method("ept-relative", "EPT with its prompt in units of its start", _EPT, SoftPrompt, _first_reading(relative=True), about=_OWN, role="ablation"))
-register(Method("ept-text-gate", "EPT whose gate reads the text", _EPT, SoftPrompt, _first_reading(gate_reads="text"), about=_OWN, role="ablation"))
+register(Method("ept-unmasked", "EPT whose fusion reads all rows, trained or not", _EPT, SoftPrompt, _first(), about="own; our first reading of EPT", role="ablation"))
+register(Method("ept-values", "EPT whose fusion learns what it finds", _EPT, SoftPrompt, _first(fusion_values="learned", fusion_start=0.1), about=_OWN, role="ablation"))
+register(Method("ept-nonlinear", "EPT with nonlinear spaces of one size", _EPT, SoftPrompt, _first(nonlinearity="gelu"), about=_OWN, role="ablation"))
+register(Method("ept-serial", "EPT that projects what fusion has made", _EPT, SoftPrompt, _first(projection_of="fused"), about=_OWN, role="ablation"))
+register(Method("ept-shared", "EPT with one bottleneck and one gate for all", _EPT, SoftPrompt, _first(bottleneck="shared", gate_reads="prompt"), about=_OWN, role="ablation"))
+register(Method("ept-svd", "EPT whose pair starts from words", _EPT, SoftPrompt, _first(pair_start="svd"), about=_OWN, role="ablation"))
+register(Method("ept-relative", "EPT with its prompt in units of its start", _EPT, SoftPrompt, _first(relative=True), about=_OWN, role="ablation"))
+register(Method("ept-text-gate", "EPT whose gate reads the text", _EPT, SoftPrompt, _first(gate_reads="text"), about=_OWN, role="ablation"))
 register(Method("dept-ept-rank", "short prompt, pair of EPT's rank", "Shi & Lipani 2024, DePT", SoftPrompt, _fixes(modules="spared"), about="own; a control", role="ablation"))
 register(Method("ept-fixed", "short prompt, pair; fusion and projection stay at zero", _EPT, SoftPrompt, _fixes(modules="fixed"), about="own; a control", role="ablation"))

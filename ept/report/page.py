@@ -162,9 +162,12 @@ def _consistency(table):
 
 def _duration(table):
     "Training time of the proposed method relative to prompt tuning and to DePT."
-    ratios = {other: table.time_ratio(table.proposed, other) for other in ("pt", "dept") if other != table.proposed}
-    said = [f"{value:.2f} of the time of `{other}`" for other, value in ratios.items() if not math.isnan(value)]
-    return f"Training took `{table.proposed}` {' and '.join(said)}, wall-clock on the machine of these runs." if said else ""
+    own, said = table.proposed, []
+    for other in (name for name in reversed(TARGETS) if name != own):
+        if together := len(table.timed_together(own, other)):
+            few = f" ({together} run{'s' * (together > 1)} of each)" if together < len(table.runs[(table.runs["method"] == own) & table.runs["score"].notna()]) else ""
+            said.append(f"{table.time_ratio(own, other):.2f} of the time of `{other}`{few}")
+    return f"Training took `{own}` {' and '.join(said)}, wall-clock on the machine of these runs." if said else ""
 
 # %% ../../nbs/report/64_page.ipynb #2ffb4182
 LEVELLED = 1.0  # points; a second half of the steps that adds more has not ended

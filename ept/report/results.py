@@ -399,15 +399,25 @@ def machines(self: ScoreTable) -> dict[str, int]:  # processor, device and preci
 
 
 @patch
+def timed_together(
+    self: ScoreTable,
+    first: str,  # method
+    second: str,  # method
+) -> list[tuple[float, float]]:  # seconds of both, for each such task and seed
+    "Training times of two methods, over the tasks and seeds where both were timed on the same kind of machine."
+    timed = self.runs[self.runs["train_seconds"] > 0][["task", "seed", "method", "train_seconds", "device", "precision", "processor"]].to_dict("records")
+    seconds = {(r["method"], r["task"], r["seed"], _machine(r)): r["train_seconds"] for r in timed}
+    return [(ours, seconds[second, *rest]) for (method, *rest), ours in seconds.items() if method == first and (second, *rest) in seconds]
+
+
+@patch
 def time_ratio(
     self: ScoreTable,
     first: str,  # method
     second: str,  # method
-) -> float:  # NaN where there are no such runs
-    "Training time of a method relative to another's, summed over the tasks and seeds where both were timed on the same kind of machine."
-    timed = self.runs[self.runs["train_seconds"] > 0][["task", "seed", "method", "train_seconds", "device", "precision", "processor"]].to_dict("records")
-    seconds = {(r["method"], r["task"], r["seed"], _machine(r)): r["train_seconds"] for r in timed}
-    both = [(ours, seconds[second, *rest]) for (method, *rest), ours in seconds.items() if method == first and (second, *rest) in seconds]
+) -> float:  # NaN where they were not timed together
+    "Training time of a method relative to another's, summed over what was timed together."
+    both = self.timed_together(first, second)
     return sum(ours for ours, _ in both) / sum(theirs for _, theirs in both) if both else math.nan
 
 # %% ../../nbs/report/61_results.ipynb #97e5e28f
