@@ -58,8 +58,8 @@ def results_row(
     if not report.exists():
         return [f"`{name}`", tasks, "–", "–", "–", "not run"]
     read = lambda file: list(csv.DictReader((report / file).open(encoding="utf-8")))
-    means = {method: scores["mean"] for method, scores in json.loads((folder / "results" / "summary.json").read_text()).items()}
-    others = [row for row in read("tables/comparison.csv") if row["role"] == "comparison"]
+    means = {row["method"]: float(row["score"]) for row in read("tables/overall.csv") if row["score"]}  # of a grid that is not whole, those that are compared
+    others = [row for row in read("tables/comparison.csv") if row["role"] == "comparison" and row["method"] in means]
     best = max(["ept", *(row["method"] for row in others)], key=means.get)
     sure = [float(row["difference"]) for row in others if float(row["bootstrap_holm"]) < 0.05]
     verdict = f"ahead of {sum(d > 0 for d in sure)}, behind {sum(d < 0 for d in sure)}, open {len(others) - len(sure)}"
