@@ -84,6 +84,8 @@ def test_the_numbers_of_the_table_are_those_of_the_summaries(readme):
         keys = [file.stem for file in (folder / "results" / "scores").glob("*.json")]
         assert int(runs) == sum(bool(re.fullmatch(rf"[a-z0-9]+-(?:{'|'.join(summary)})-\d+", key)) for key in keys) <= len(params["tasks"]) * len(summary) * len(grid["seeds"])
         whole = {method: scores for method, scores in summary.items() if set(params["tasks"]) <= set(scores)}
+        for method in whole:
+            assert sum(bool(re.fullmatch(rf"[a-z0-9]+-{method}-\d+", key)) for key in keys) == len(params["tasks"]) * len(grid["seeds"]), f"{method} is compared, so it is whole"
         mean = {method: sum(scores[task] for task in params["tasks"]) / len(params["tasks"]) for method, scores in whole.items()}
         compared = {method: score for method, score in mean.items() if METHODS[method].role in ("proposed", "comparison")}
         assert best.split()[0] == f"`{max(compared, key=compared.get)}`"

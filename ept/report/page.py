@@ -163,9 +163,10 @@ def _consistency(table):
 def _duration(table):
     "Training time of the proposed method relative to prompt tuning and to DePT."
     own, said = table.proposed, []
+    made = len(table.runs[(table.runs["method"] == own) & table.runs["score"].notna()])
     for other in (name for name in reversed(TARGETS) if name != own):
         if together := len(table.timed_together(own, other)):
-            few = f" ({together} run{'s' * (together > 1)} of each)" if together < len(table.runs[(table.runs["method"] == own) & table.runs["score"].notna()]) else ""
+            few = f" ({together} run{'s' * (together > 1)} of each)" if together < made else ""
             said.append(f"{table.time_ratio(own, other):.2f} of the time of `{other}`{few}")
     return f"Training took `{own}` {' and '.join(said)}, wall-clock on the machine of these runs." if said else ""
 

@@ -195,8 +195,7 @@ def step(self: Coordinator) -> bool:
 def begin(self: Coordinator, stage: str) -> None:
     "Look at a stage whose needs are up to date, and give it to the workers if it has changed."
     try:
-        differs = self.stages.differs if stage in self.spared else self.stages.changed
-        changed = stage in self.attempts or differs(stage)
+        changed = stage in self.attempts or self.stages.changed(stage, allow_missing=stage in self.spared)
         job = self.stages.begin(stage) if changed else None
     except LockError:  # another command of DVC has its files
         self.schedule.put_off(stage, PATIENCE)

@@ -95,21 +95,27 @@ class Stages:
 def changed(
     self: Stages,
     name: str,  # address of a stage
+    allow_missing: bool = False,  # take a file that is not there for what the lock files say it was
 ) -> bool:
     "Whether DVC would run it: its command, what it depends on or its outputs are not what they were."
     stage = self.stages[name]
     with self._dvc():
-        return _runs_anyway(stage) or any(item.status() for item in (*_read(stage), *stage.outs))
+        if stage.changed_stage() or (not stage.frozen and (stage.is_callback or stage.always_changed)):
+            return True
+        return any(self._differs(item, allow_missing) for item in (*(() if stage.frozen else stage.deps), *stage.outs))
 
 
-def _runs_anyway(stage):
-    "Whether a stage runs whatever its files are."
-    return stage.changed_stage() or (not stage.frozen and (stage.is_callback or stage.always_changed))
+@patch
+def _differs(self: Stages, item, allow_missing):
+    "Whether a file is not what a stage has read or made; one that is allowed to be missing is what the stage that makes it says."
+    if allow_missing and _missing(item):
+        return self.outs.get(item.fs_path, item).hash_info != item.hash_info
+    return bool(item.status())
 
 
-def _read(stage):
-    "What can make a stage run again."
-    return () if stage.frozen else stage.deps
+def _missing(item):
+    "Whether a file is not there of which the lock file knows what it was."
+    return bool(item.hash_info) and not item.exists
 
 # %% ../../nbs/workflow/71_stages.ipynb #f29d02e9
 @contextmanager
@@ -252,33 +258,13 @@ def _write(self: Stages, stage):
         with self.repo.fs.open(str(file), "w", encoding="utf-8") as f:
             f.write(text)
 
-# %% ../../nbs/workflow/71_stages.ipynb #71mis002
-@patch
-def differs(
-    self: Stages,
-    name: str,  # address of a stage
-) -> bool:
-    "Whether DVC would run it for another reason than missing files, of which the lock files say what they were."
-    stage = self.stages[name]
-    with self._dvc():
-        return (
-            _runs_anyway(stage)
-            or any(self.outs.get(dep.fs_path, dep).hash_info != dep.hash_info if _missing(dep) else dep.status() for dep in _read(stage))
-            or any(out.status() for out in stage.outs if not _missing(out))
-        )
-
-
-def _missing(item):
-    "Whether a file is not there of which the lock file knows what it was."
-    return bool(item.hash_info) and not item.exists
-
 # %% ../../nbs/workflow/71_stages.ipynb #71mis003
 @patch
 def spared(self: Stages) -> set[str]:  # addresses
     "The stages that stand, though what they have made may be missing: neither they nor what they need differs, and no stage that has to run reads what is missing."
     due = set()
     for name in self:
-        if self.needs[name] & due or self.differs(name):
+        if self.needs[name] & due or self.changed(name, allow_missing=True):
             due.add(name)
     for name in reversed(self.stages):
         if name in due:
