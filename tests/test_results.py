@@ -24,14 +24,15 @@ from ept.methods.catalogue import module_of
 from ept.methods.registry import METHODS as REGISTRY
 from ept.report.contrasts import contrasts
 from ept.report.figures import LOOKS, NOTED, look, plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_sweep, plot_time
-from ept.report.learning import ahead, ahead_table, inside, learned, speed, speed_table, stayed
+from ept.report.learning import ahead, ahead_table, inside, learned, progress, speed, speed_table, stayed
 from ept.report.learning_figures import plot_inside
 from ept.report.page import ABSENT, FIGURES, findings, protocol, render, write_report
 from ept.report.provenance import FORMAT, caveats, present_code, provenance
 from ept.report.results import COSTS, ScoreTable, collect, collect_sweep, made_up, publish_costs, read_costs, searched
-from ept.report.statistics import difference, gaps, holm, ranks, seed_weights, wilcoxon
+from ept.report.statistics import degrees_of_freedom, difference, gaps, holm, over_seeds, ranks, seed_weights, wilcoxon
 from ept.report.tables import (
     PUBLISHED,
+    Cell,
     budget_table,
     comparison_table,
     curves,
@@ -391,6 +392,34 @@ def test_differences_are_over_shared_seeds(tmp_path):
     assert "1 seed missing" in score_table(table).markdown()
 
 
+def test_one_run_of_several_proves_nothing(tmp_path):
+    """Where one seed of two is there, how far runs lie apart is not known: no interval, no win, no lead, and none of its kind narrows another's."""
+    p = profile(tasks=("cola", "cb"), methods=("pt", "ept"), seeds=(0, 1))
+    for key, right in (("cola-pt-0", 60), ("cola-ept-0", 99), ("cb-pt-0", 60), ("cb-pt-1", 60), ("cb-ept-0", 95), ("cb-ept-1", 96)):
+        write(tmp_path, p, key, right)
+    table = read(p, tmp_path)
+    alone = table.difference("ept", "pt", ["cola"])
+    assert alone.value == pytest.approx(39) and math.isnan(alone.p) and alone.verdict == ""
+    assert math.isnan(table.cell("cola", "ept")["low"]) and table.cells.query("task == 'cola'")["best"].tolist() == ["", ""]
+    both, cb = table.difference("ept", "pt"), table.difference("ept", "pt", ["cb"])
+    assert both == cb and cb.verdict == "win" and table.cell("cb", "ept")["best"] == "best"
+    assert table.compare().iloc[0][["tasks", "pairs", "wins"]].tolist() == [1, 2, 1] and table.differences()["task"].tolist() == ["cb"]
+    assert summary(table)["ept"].keys() == {"cola", "cb"} and "mean" in summary(read(replace(p, grid=replace(p.grid, seeds=(0,))), tmp_path))["ept"]
+
+
+def test_a_method_that_is_not_yet_compared_is_not_tested():
+    """A method with less than half of the fullest one's runs is in no test, and does not make the tests of others stricter."""
+    gone = tuple(f"{task}-mpt-{seed}" for task in ("sst2", "stsb", "multirc") for seed in (0, 1))
+    methods = ("frozen", "pt", "dept", "mpt", "ept")
+    table = made_up(methods=methods, missing=gone)
+    kept = replace(table.profile, grid=replace(table.profile.grid, methods=methods[:3] + methods[4:]))
+    fewer = ScoreTable(kept, table.runs[table.runs["method"] != "mpt"])
+    assert "mpt" not in table.compare()["method"].tolist() and "mpt" in table.differences()["method"].tolist()
+    same = ["method", "bootstrap_holm", "wilcoxon_holm", "wilcoxon_tasks_holm"]
+    assert table.compare()[same].equals(fewer.compare()[same])
+    assert "Not yet compared, for they have fewer than half the runs of the fullest: mpt" in score_table(table).caption
+
+
 def test_multirc_is_drawn_by_question_if_the_records_say_so(tmp_path):
     p = profile(tasks=("multirc",), methods=("pt", "ept"))
     for method in ("pt", "ept"):
@@ -673,7 +702,7 @@ def test_wins_ties_and_losses_are_those_of_the_paired_intervals(large):
         inside = (part["low"] <= 0) & (part["high"] >= 0) | (part["p"] > 0.05)
         assert found.loc[method, "ties"] == inside.sum()
         assert found.loc[method, ["wins", "ties", "losses"]].sum() == found.loc[method, "tasks"] == len(part)
-    assert found.loc["lora", "tasks"] == 12 and found.loc["pt", "pairs"] == 25
+    assert found.loc["lora", "tasks"] == 12 and found.loc["pt", "pairs"] == 24, "of cb they share one seed of two"
 
 
 def test_consistency_is_among_ept_and_the_comparison_methods(large):
@@ -685,8 +714,10 @@ def test_consistency_is_among_ept_and_the_comparison_methods(large):
 
 
 def test_the_interval_of_a_mean_is_narrower_than_that_of_a_task(large):
-    found = large.overall().set_index("method").loc["ept"]
-    widths = large.cells[large.cells["method"] == "ept"].eval("high - low")
+    table = made_up(tasks=tuple(TASKS), methods=("pt", "ept"), missing=())
+    found = table.overall().set_index("method").loc["ept"]
+    widths = table.cells[table.cells["method"] == "ept"].eval("high - low")
+    assert math.isnan(large.overall()["low"].max()), "of cb all compared methods share one seed of two"
     assert found["low"] < found["score"] < found["high"] and found["high"] - found["low"] < widths.median() / 2
 
 
@@ -746,7 +777,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head(large):
 
 def test_every_number_is_in_csv(large):
     found = frames(large)
-    assert len(found["scores"]) == 13 * 16 and len(found["overall"]) == 16 and len(found["comparison"]) == 15 and len(found["differences"]) == 13 * 15 - 1
+    assert len(found["scores"]) == 13 * 16 and len(found["overall"]) == 16 and len(found["comparison"]) == 15 and len(found["differences"]) == 13 * 15 - 2
     assert {"low", "high", "deviation", "missing", "near_floor", "best"} <= set(found["scores"])
 
 
@@ -1168,25 +1199,51 @@ def test_the_variance_of_a_mean_over_drawn_seeds_is_that_of_the_mean():
         assert drawn.var() == pytest.approx(scores.var(ddof=1) / count, rel=0.05)
 
 
-def called(seed_spread, hierarchical, trials=60, tasks=6, seeds=3, n=100):
+def called(seed_spread, hierarchical=True, trials=60, tasks=6, seeds=3, n=100):
     """How often two equal methods are told apart, whose runs differ by the luck of their seeds and of their answers."""
     generator, found = np.random.default_rng(0), 0
     for _ in range(trials):
-        draws = []
+        draws, apart = [], []
         for task in range(tasks):
             skills = 0.7 + seed_spread * generator.standard_normal((seeds, 2))
             answers = generator.random((seeds, 2, n)) < skills[..., None]
             drawn = resample("accuracy", answers.reshape(2 * seeds, n), np.ones(n), draws=400, seed=task).reshape(seeds, 2, -1)
-            weights = seed_weights(seeds, 400, task) if hierarchical else np.full((400, seeds), 1 / seeds)
-            draws.append(np.einsum("sd,ds->d", drawn[:, 0] - drawn[:, 1], weights))
-        found += difference(0.0, np.mean(draws, 0)).verdict != "tie"
+            differences = drawn[:, 0] - drawn[:, 1]
+            apart.append(100 * (answers[:, 0].mean(1) - answers[:, 1].mean(1)))
+            draws.append(over_seeds(apart[-1], differences, task) if hierarchical else differences.mean(0))
+        draws = np.mean(draws, 0)
+        found += difference(0.0, draws, freedom=degrees_of_freedom(apart, draws) if hierarchical else math.inf).verdict != "tie"
     return found / trials
 
 
 def test_luck_of_the_seeds_is_no_difference():
     """With seeds as they are every third or so comparison of equals is called; with seeds drawn it is about one in twenty, or fewer."""
     assert called(0.08, hierarchical=False) > 0.2
-    assert called(0.08, hierarchical=True) <= 0.1
+    assert called(0.08) <= 0.1
+
+
+@pytest.mark.parametrize(("tasks", "seeds"), [(1, 3), (2, 3), (1, 5)])
+def test_few_seeds_are_not_taken_at_their_word(tasks, seeds):
+    """Where seeds decide and there are few, percentiles of drawn seeds would call up to a quarter of all equals different."""
+    assert called(0.15, trials=400, tasks=tasks, seeds=seeds, n=40) <= 0.09
+
+
+def test_of_one_task_whose_seeds_decide_the_interval_is_students():
+    apart = np.array([3.0, -1.0, 4.0, 2.0])
+    draws = seed_weights(4, 40_000) @ apart
+    found, student = difference(2.0, draws, freedom=degrees_of_freedom([apart], draws)), stats.ttest_1samp(apart, 0)
+    assert (found.low, found.high) == pytest.approx(student.confidence_interval(), abs=0.4) and found.p == pytest.approx(student.pvalue, abs=0.03)
+    ends = stats.t.ppf([0.975, 0.8], 3).sum()
+    assert found.detectable == pytest.approx(ends * apart.std(ddof=1) / 2, rel=0.05)
+
+
+def test_what_seeds_and_examples_do_together_counts_twice_at_most():
+    """Answers that are luck throughout: other seeds or other examples change a mean over both by as much, so it is the luck of either."""
+    answers, widths = np.random.default_rng(0).random((30, 4, 60)) < 0.7, []
+    for run in answers:
+        drawn = resample("accuracy", run, np.ones(60), draws=1000)
+        widths.append(over_seeds(100 * run.mean(1), drawn).var())
+    assert np.mean(widths) == pytest.approx(2 * 0.7 * 0.3 * 1e4 / (4 * 60), rel=0.15)
 
 
 def test_more_seeds_than_one_widen_an_interval_where_they_differ(tmp_path):
@@ -1225,7 +1282,7 @@ def test_two_contrasts_are_named_and_development_tasks_stand_apart(searched_grid
     primary = found.loc["primary"]
     mean = (3 * primary.loc["confirmation", "difference"] + 2 * primary.loc["development", "difference"]) / 5
     assert primary.loc["all", "difference"] == pytest.approx(mean)
-    assert found["detectable"].to_numpy() == pytest.approx(2.8016 * found["error"].to_numpy(), rel=1e-3)
+    assert (found["detectable"] > 2.8 * found["error"]).all(), "two seeds"
     text = " ".join(findings(searched_grid))
     assert (
         "Primary contrast, `ept` minus `dept`" in text
@@ -1299,7 +1356,7 @@ def test_a_method_that_has_just_begun_does_not_shrink_the_comparison(large):
     assert table.compared == ["pt", "dept", "ept"] and len(table.common) == 13 and "Not yet compared" in runs_table(table).caption
     overall = table.overall().set_index("method")
     assert math.isnan(overall.loc["lora", "score"]) and not overall.loc[["pt", "dept", "ept"], "score"].isna().any()
-    assert set(table.compare()["method"]) == {"pt", "lora", "dept"} and table.compare().set_index("method").loc["lora", "pairs"] == 2
+    assert set(table.compare()["method"]) == {"pt", "dept"} and set(table.differences()["method"]) == {"pt", "lora", "dept"}
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------------
@@ -1348,6 +1405,22 @@ def test_runs_whose_modules_stayed_are_marked_and_counted(tmp_path, few_figures)
     write_report(table, tmp_path)
     runs = pd.read_csv(tmp_path / "tables" / "runs.csv")
     assert runs["modules_moved"].dropna().tolist() == [False] * 4 and len(runs) == 8
+
+
+def test_how_fast_is_asked_on_confirmation_tasks(searched_grid):
+    """Table, sentence and figure leave out the tasks on which rates were chosen."""
+    runs, found = learned(searched_grid), speed(searched_grid)
+    own = runs[(runs["method"] == "ept") & ~runs["task"].isin(["sst2", "cb"])]
+    assert found.loc["ept", "runs"] == len(own) == 6 and found.loc["ept", "reach_dept"] == own["to_dept"].notna().mean()
+    curve, _ = progress(searched_grid)
+    assert curve[curve["method"] == "ept"]["score"].iloc[-1] == pytest.approx(own.groupby("task")["whole"].mean().mean())
+    assert "all of the steps, on the confirmation tasks: `ept`" in " ".join(findings(searched_grid)) and "on the 6 pairs of both" in speed_table(searched_grid).caption
+    assert "on the confirmation tasks" not in " ".join(findings(made_up()))
+
+
+@pytest.mark.parametrize(("text", "number"), [("3e-05", 3e-5), ("<0.001", 0.001), ("76,800", 76800.0), ("-1.5", -1.5), ("missing", None), ("12 of 40", 12.0)])
+def test_a_column_is_sorted_by_the_number_that_is_shown(text, number):
+    assert Cell(text).number == number
 
 
 def test_quartiles_of_what_happens_inside_are_over_runs():

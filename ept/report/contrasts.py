@@ -20,10 +20,10 @@ PRIMARY = "dept"  # what the proposed method is an extension of
 def best_within(
     table: ScoreTable,
 ) -> str | None:  # None where there is no other
-    "The method with the highest mean score within the prompt's budget, the proposed one left out."
+    "Of the compared methods within the prompt's budget the one with the highest mean score on the tasks that decide, the proposed one left out."
     others = [m for m in table.within if m != table.proposed]
     means = table.shared(others, table.within) if others else pd.DataFrame()
-    means = means.drop(table.parts.get("development", []), errors="ignore").mean().dropna()
+    means = means[means.index.isin(table.deciding)].mean().dropna()
     return means.idxmax() if len(means) else None
 
 
@@ -37,7 +37,7 @@ def contrasts(
     rows = []
     for against, kind in kinds.items():
         for name, tasks in sets.items():
-            pairs = table.pairs([table.proposed, against]) if table.proposed and against in table.methods else {}
+            pairs = table.repeated([table.proposed, against]) if table.proposed and against in table.methods else {}
             if own := [t for t in tasks if t in pairs]:
                 found = table.difference(table.proposed, against, own)
                 row = {"contrast": kind, "method": table.proposed, "against": against, "over": name, "tasks": len(own), "runs": sum(len(pairs[t]) for t in own)}
@@ -61,12 +61,12 @@ def contrast_table(
          Cell(f"{row['difference']:+.1f}", "", around(row)), Cell(p(row["p"])), Cell(number(row["detectable"], ".1f"))]
         for row in found.to_dict("records")
     ]
-    chosen = found["contrast"].str.contains("secondary").any()
+    chosen, so_far = found["contrast"].str.contains("secondary").any(), " of those compared so far" if table.runs["score"].isna().any() else ""
     caption = (
         f"`{table.proposed}` minus the other method, in points, over the tasks and seeds that both have, with a 95 % bootstrap interval: "
         "tasks as they are, seeds and test examples drawn. p: two-sided, of the same draws, uncorrected. "
         "Detectable: the difference that would have been found at the 5 % level with a power of 80 %, which is 2.8 standard errors, "
-        "the standard deviation of the draws. Primary: named beforehand. "
-        + ("Secondary: against the best other method within the prompt's budget by mean score; that it is chosen by the same scores favours it." if chosen else "")
+        "the standard deviation of the draws, and more where seeds are few. Primary: named beforehand. "
+        + (f"Secondary: against the best other method within the prompt's budget{so_far}, by its mean on the tasks of the first row; that it is chosen by these scores favours it." if chosen else "")
     )
     return Table("contrasts", ["contrast", "against", "over", "tasks", "runs", "points", "p", "detectable"], rows, caption.strip(), texts=3)

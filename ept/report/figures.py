@@ -359,7 +359,7 @@ def ablated(
     "The ablations of the proposed method and, beside them, DePT, as far as they have results."
     others, found = [m for m in table.methods if table.roles[m] == "ablation"], table.differences()
     others += ["dept"] if others and "dept" in table.methods else []
-    word = lambda m: "both parts (dept)" if m == "dept" else m.removeprefix(f"{table.proposed}-").replace("no-", "without ").replace("-", " ")
+    word = lambda m: "both parts (dept)" if m == "dept" else m.replace(f"{table.proposed}-no-", "without ")
     return {m: word(m) for m in others if (found["method"] == m).any()}
 
 

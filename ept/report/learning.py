@@ -13,9 +13,10 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
+from ..data.resampling import DRAWS
 from .results import ScoreTable
-from .statistics import difference, seed_weights
-from .tables import Cell, Table, averaged
+from .statistics import degrees_of_freedom, difference, over_seeds
+from .tables import Cell, Table
 from ..training.curves import area_under, at_shares, steps_to
 from ..training.inside import modules_moved
 
@@ -49,13 +50,18 @@ def learned(
             row[f"to_{target}"] = math.nan if math.isnan(score) or (step := steps_to(run["history"], score)) is None else step
     return pd.DataFrame(rows)
 
+# %% ../../nbs/report/62b_learning.ipynb #62bs0001
+def _pairs(table):
+    "The pairs of a task and a seed over which means are taken."
+    return [(task, seed) for task, seeds in table.pairs().items() if task in table.deciding for seed in seeds]
+
 # %% ../../nbs/report/62b_learning.ipynb #0c3944ec
 @lru_cache(maxsize=1)
 def speed(
     table: ScoreTable,
-) -> pd.DataFrame:  # indexed by method; only those that train and have every shared run
+) -> pd.DataFrame:  # indexed by method; only those that train and have every run over which means are taken
     "Mean validation scores at shares of the steps, second-half gain, area, and the steps to each target: median, share of runs that get there."
-    runs, pairs = learned(table), [(task, seed) for task, seeds in table.pairs().items() for seed in seeds]
+    runs, pairs = learned(table), _pairs(table)
     rows = {}
     for method, own in runs.set_index(["task", "seed"]).groupby("method", sort=False) if len(runs) else ():
         if not pairs or not set(pairs) <= set(own.index):
@@ -79,12 +85,13 @@ def ahead(
     runs, rows = learned(table), []
     scores = runs.set_index(["method", "task", "seed"])[list(SHARES)] if len(runs) else pd.DataFrame()
     for target in (t for t in TARGETS if t != table.proposed and {t, table.proposed} <= set(runs.get("method", []))):
-        pairs = {t: seeds for t, seeds in table.pairs([table.proposed, target]).items() if t in table.parts.get("confirmation", table.tasks)}
+        pairs = {t: seeds for t, seeds in table.repeated([table.proposed, target]).items() if t in table.deciding}
         for share in SHARES:
             apart = [np.array([scores.loc[(table.proposed, t, s), share] - scores.loc[(target, t, s), share] for s in seeds]) for t, seeds in pairs.items()]
             several = bool(apart) and all(len(own) > 1 for own in apart)
-            draws = np.mean([seed_weights(len(own), seed=t) @ own for t, own in zip(pairs, apart)], axis=0) if several else []
-            found = difference(np.mean([own.mean() for own in apart]) if apart else math.nan, draws)
+            draws = np.mean([over_seeds(own, np.repeat(own[:, None], DRAWS, axis=1), t) for t, own in zip(pairs, apart)], axis=0) if several else []
+            freedom = degrees_of_freedom(apart, draws) if several else math.inf
+            found = difference(np.mean([own.mean() for own in apart]) if apart else math.nan, draws, freedom=freedom)
             rows.append({"method": table.proposed, "against": target, "share": share, "tasks": len(pairs), "runs": sum(map(len, apart))})
             rows[-1] |= {"difference": found.value, "low": found.low, "high": found.high, "p": found.p}
     return pd.DataFrame(rows)
@@ -96,7 +103,7 @@ def progress(
     "Mean of the best validation score so far of each method that `speed` has, and the share of its runs that have reached the first target."
     found, runs = speed(table), table.runs.set_index(["method", "task", "seed"])["history"].to_dict()
     target = next((t for t in TARGETS if t in found.index), None)
-    pairs, rows = [(task, seed) for task, seeds in table.pairs().items() for seed in seeds], []
+    pairs, rows = _pairs(table), []
     for method in found.index:
         steps = sorted({s for pair in pairs for s, score in zip(runs[method, *pair]["step"], runs[method, *pair]["score"]) if score is not None and not math.isnan(score)})
         best = pd.DataFrame({pair: at_shares(runs[method, *pair], 1, tuple(steps)) for pair in pairs})
@@ -121,9 +128,11 @@ def speed_table(
         [Cell(method), *(Cell(number(row[name])) for name in SHARES), Cell(number(row["gain"], "+.1f")), Cell(number(row["area"])), *(reached(row, t) for t in targets)]
         for method, row in found.iterrows()
     ]
+    kind = "confirmation tasks" if table.parts else "tasks"
     caption = (
-        f"Validation scores in percent, the best so far, means over tasks and seeds. {averaged(table)} Second half: what the steps after the first half add. "
-        "Area: mean of the curve over the steps from the first validation on. Steps to a method: median over runs until the validation score that it ends with on the same task "
+        f"Validation scores in percent, the best so far, means over {kind} and seeds, on the {int(found['runs'].iloc[0])} pairs of both that all compared methods have. "
+        "Second half: what the steps after the first half add. "
+        "Area: mean of the curve over the steps from the first validation after the start on. Steps to a method: median over runs until the validation score that it ends with on the same task "
         "and seed is reached, in brackets the share of runs that reach it; no median where fewer than half do. – not validated by then."
     )
     columns = ["method", "a quarter of the steps", "a half", "all", "second half", "area", *(f"steps to {t}" for t in targets)]

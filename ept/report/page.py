@@ -83,8 +83,9 @@ def _contrast(table, kind):
     if not len(found):
         return ""
     first, head = found.iloc[0], "Primary" if kind == "primary" else "Secondary"
-    about = {"primary": "", "secondary": ", the best other method within the prompt's budget"}[kind]
-    same = ", which is also the best other method within the prompt's budget" if "and" in first["contrast"] else ""
+    best = "the best other method within the prompt's budget" + (" of those compared so far" if table.runs["score"].isna().any() else "")
+    about = {"primary": "", "secondary": f", {best}"}[kind]
+    same = f", which is also {best}" if "and" in first["contrast"] else ""
     text = f"{head} contrast, `{first['method']}` minus `{first['against']}`{about}{same}: {_points(*first[['difference', 'low', 'high']])}"
     text += "" if math.isnan(first["p"]) else f", p {_p(first['p'])}"
     noun = "confirmation task" if first["over"] == "confirmation" else "task"
@@ -175,17 +176,18 @@ LEVELLED = 1.0  # points; a second half of the steps that adds more has not ende
 
 
 def _speed(table):
-    "Validation scores of the proposed method and its two targets at a quarter, a half and all of the steps, and what the second half added."
+    "Validation scores of the proposed method and its two targets at a quarter, a half and all of the steps, and to which compared methods the second half added."
     found = speed(table)
     shown = [m for m in dict.fromkeys((table.proposed, *TARGETS)) if m in found.index]
     if not shown:
         return ""
     path = lambda m: ", ".join("–" if math.isnan(v) else f"{v:.1f}" for v in found.loc[m, ["quarter", "half", "whole"]])
-    text = f"Validation after a quarter, a half and all of the steps: {'; '.join(f'`{m}` {path(m)}' for m in shown)}."
+    where = ", on the confirmation tasks" if table.parts else ""
+    text = f"Validation after a quarter, a half and all of the steps{where}: {'; '.join(f'`{m}` {path(m)}' for m in shown)}."
     for target in (t for t in TARGETS if t in found.index and t != table.proposed and table.proposed in found.index):
         step, share = found.loc[table.proposed, [f"to_{target}", f"reach_{target}"]]
         text += f" Where `{target}` ends, {100 * share:.0f} % of the runs of `{table.proposed}` arrive" + ("." if math.isnan(step) else f", after {step:.0f} steps in the median.")
-    late = found.loc[shown, "gain"].loc[lambda gain: gain > LEVELLED]
+    late = found.loc[found.index.isin(table.compared), "gain"].loc[lambda gain: gain > LEVELLED]
     said = ", ".join(f"`{m}` ({gain:+.1f})" for m, gain in late.items())
     return text + (f" The second half still added more than a point to {said}: where they would end is open." if said else "")
 
@@ -255,14 +257,15 @@ def findings(
 
 # %% ../../nbs/report/64_page.ipynb #119682cb
 _INTERVALS = (
-    f"Percentile bootstrap, {DRAWS:,} draws, tasks as they are. A draw of a task takes S - 1 of its S seeds with replacement, and one set of test examples for all its runs; "
-    "rows of one question are drawn together. Where every draw gives the same accuracy, Wilson's interval. With one seed nothing is known of the training's own spread, "
-    "and intervals are of the examples alone."
+    f"Percentile bootstrap, {DRAWS:,} draws, tasks as they are. A draw of a task takes one set of test examples for all its runs, rows of one question together, and S - 1 of "
+    "its S seeds with replacement; it has Student's tails, with the degrees of freedom of Welch and Satterthwaite, for few seeds say little about their spread. What seeds and "
+    "examples do together is counted twice, which makes intervals a little too wide. Where every draw gives the same accuracy, Wilson's interval. With one seed nothing is "
+    "known of the training's own spread, and intervals are of the examples alone; one run of several has none."
 )
 _TESTS = (
     "Two-sided. Bootstrap over seeds and test examples, paired by both; Wilcoxon's signed-rank test over tasks and seeds and over tasks. "
     "Holm's correction within comparison methods, ablations and reference; the primary and the secondary contrast are two, and uncorrected. "
-    "Detectable: 2.8 standard errors, the size that is found at the 5 % level with a power of 80 %. "
+    "Detectable: the size that is found at the 5 % level with a power of 80 %, 2.8 standard errors, and more where seeds are few. "
     "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."
 )
 
@@ -308,7 +311,7 @@ FIGURES = {  # name -> heading, caption, what draws it
     "ranks": ("Ranks", "Small ticks are ranks on single tasks. Methods closer than the critical difference cannot be told apart by ranks alone.", plot_ranks),
     "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters),
     "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time),
-    "ablations": ("Ablations", "{proposed} minus itself with one part taken away, task by task: right of zero the part helps there.", plot_ablations),
+    "ablations": ("Ablations", "{proposed} minus itself with a part taken away or in another reading, and minus its controls, task by task: right of zero {proposed} is ahead there.", plot_ablations),
     "sweep": (
         "Sizes",
         ("A thin line for each task, a thick one for their mean; the ring is the grid's own size. "
@@ -317,7 +320,7 @@ FIGURES = {  # name -> heading, caption, what draws it
     ),
     "speed": (
         "How fast",
-        ("Left: the best validation score so far, mean over tasks and seeds. Right: how many runs have reached by then what the method named ends with on the same task and seed. "
+        ("Left: the best validation score so far, mean over tasks and seeds; where there are confirmation tasks, over those. Right: how many runs have reached by then what the method named ends with on the same task and seed. "
          "To the left is faster."),
         plot_speed,
     ),

@@ -37,7 +37,7 @@ class Cell:
     @property
     def number(self) -> float | None:  # None for a word
         "The value as a number; a column is sorted by it."
-        found = re.match(r"<?([+-]?[\d,]+(?:\.\d+)?)", self.value)
+        found = re.match(r"<?([+-]?[\d,]+(?:\.\d+)?(?:e[+-]?\d+)?)", self.value)
         return float(found[1].replace(",", "")) if found else None
 
     def markdown(self) -> str:
@@ -387,8 +387,8 @@ def comparison_table(
     order = {"comparison": 0, "ablation": 1, "reference": 2}
     rows = [_comparison_row(row, several) for row in sorted(found.to_dict("records"), key=lambda r: order.get(r["role"], 3))]
     caption = (
-        f"`{method}` minus each method, a mean over the tasks and seeds that both have, with a paired 95 % bootstrap interval over seeds and test examples. "
-        "Detectable: the difference that such runs would have shown with a power of 80 % (2.8 standard errors of the bootstrap). "
+        f"`{method}` minus each method, a mean over the tasks and seeds that both have (of several seeds two at least), with a paired 95 % bootstrap interval over seeds and test examples. "
+        "Detectable: the difference that such runs would have shown with a power of 80 % (2.8 standard errors of the bootstrap, more where seeds are few). "
         "Win, tie, loss: tasks whose paired interval lies above, around, below zero (with fewer than six test examples answered differently it is a tie). "
         "p values are two-sided and corrected for the number of comparisons (Holm, within comparison methods, ablations, reference); bold below 0.05. "
         "Bootstrap: would other seeds and test examples have told the same of these tasks? Wilcoxon: is it so from task to task"
@@ -453,12 +453,13 @@ def frames(
 # %% ../../nbs/report/62_tables.ipynb #343e61a9
 def summary(
     table: ScoreTable,
-) -> dict[str, dict[str, float]]:  # method -> task -> mean score, rounded to two decimals; "mean" where all tasks are there
+) -> dict[str, dict[str, float]]:  # method -> task -> mean score, rounded to two decimals; "mean" where all runs are there
     "The mean scores alone, in the grid's order."
     found, rounded = {}, lambda value: round(float(value), 2) + 0.0  # no -0.0
+    missing = table.cells.groupby("method")["missing"].sum()
     for method, scores in table.scores().items():
         there = scores.dropna()
-        found[method] = {task: rounded(score) for task, score in there.items()} | ({"mean": rounded(scores.mean())} if len(there) == len(scores) else {})
+        found[method] = {task: rounded(score) for task, score in there.items()} | ({"mean": rounded(scores.mean())} if not missing[method] else {})
     return {method: scores for method, scores in found.items() if scores}
 
 
