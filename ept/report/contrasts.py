@@ -67,6 +67,7 @@ def contrast_table(
         "tasks as they are, seeds and test examples drawn. p: two-sided, of the same draws, uncorrected. "
         "Detectable: the difference that would have been found at the 5 % level with a power of 80 %, which is 2.8 standard errors, "
         "the standard deviation of the draws, and more where seeds are few. Primary: named beforehand. "
-        + (f"Secondary: against the best other method within the prompt's budget{so_far}, by its mean on the tasks of the first row; that it is chosen by these scores favours it." if chosen else "")
+        + (f"Secondary: against the best other method within the prompt's budget{so_far}, by its mean on the tasks of the first row; " if chosen else "")
+        + ("that it is chosen by these scores favours it." if chosen else "")
     )
     return Table("contrasts", ["contrast", "against", "over", "tasks", "runs", "points", "p", "detectable"], rows, caption.strip(), texts=3)

@@ -132,8 +132,9 @@ def speed_table(
     caption = (
         f"Validation scores in percent, the best so far, means over {kind} and seeds, on the {int(found['runs'].iloc[0])} pairs of both that all compared methods have. "
         "Second half: what the steps after the first half add. "
-        "Area: mean of the curve over the steps from the first validation after the start on. Steps to a method: median over runs until the validation score that it ends with on the same task "
-        "and seed is reached, in brackets the share of runs that reach it; no median where fewer than half do. – not validated by then."
+        "Area: mean of the curve over the steps from the first validation after the start on. "
+        "Steps to a method: median over runs until the validation score that it ends with on the same task and seed is reached, "
+        "in brackets the share of runs that reach it; no median where fewer than half do. – not validated by then."
     )
     columns = ["method", "a quarter of the steps", "a half", "all", "second half", "area", *(f"steps to {t}" for t in targets)]
     return Table("speed", columns, rows, caption)

@@ -311,7 +311,11 @@ FIGURES = {  # name -> heading, caption, what draws it
     "ranks": ("Ranks", "Small ticks are ranks on single tasks. Methods closer than the critical difference cannot be told apart by ranks alone.", plot_ranks),
     "parameters": ("Score against trainable parameters", "Up and left is better. Upright lines are 95 % intervals of the mean score.", plot_parameters),
     "time": ("Score against training time", "Up and left is better. Wall-clock: other work on the machine lengthens it.", plot_time),
-    "ablations": ("Ablations", "{proposed} minus itself with a part taken away or in another reading, and minus its controls, task by task: right of zero {proposed} is ahead there.", plot_ablations),
+    "ablations": (
+        "Ablations",
+        "{proposed} minus itself with a part taken away or in another reading, and minus its controls, task by task: right of zero {proposed} is ahead there.",
+        plot_ablations,
+    ),
     "sweep": (
         "Sizes",
         ("A thin line for each task, a thick one for their mean; the ring is the grid's own size. "
@@ -320,8 +324,8 @@ FIGURES = {  # name -> heading, caption, what draws it
     ),
     "speed": (
         "How fast",
-        ("Left: the best validation score so far, mean over tasks and seeds; where there are confirmation tasks, over those. Right: how many runs have reached by then what the method named ends with on the same task and seed. "
-         "To the left is faster."),
+        ("Left: the best validation score so far, mean over tasks and seeds; where there are confirmation tasks, over those. "
+         "Right: how many runs have reached by then what the method named ends with on the same task and seed. To the left is faster."),
         plot_speed,
     ),
     "curves": ("Learning curves", "Validation score during training, mean over seeds; markers stand on the steps whose weights were kept.", plot_curves),

@@ -387,7 +387,8 @@ def comparison_table(
     order = {"comparison": 0, "ablation": 1, "reference": 2}
     rows = [_comparison_row(row, several) for row in sorted(found.to_dict("records"), key=lambda r: order.get(r["role"], 3))]
     caption = (
-        f"`{method}` minus each method, a mean over the tasks and seeds that both have (of several seeds two at least), with a paired 95 % bootstrap interval over seeds and test examples. "
+        f"`{method}` minus each method, a mean over the tasks and seeds that both have (of several seeds two at least), "
+        "with a paired 95 % bootstrap interval over seeds and test examples. "
         "Detectable: the difference that such runs would have shown with a power of 80 % (2.8 standard errors of the bootstrap, more where seeds are few). "
         "Win, tie, loss: tasks whose paired interval lies above, around, below zero (with fewer than six test examples answered differently it is a tie). "
         "p values are two-sided and corrected for the number of comparisons (Holm, within comparison methods, ablations, reference); bold below 0.05. "
