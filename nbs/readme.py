@@ -23,7 +23,7 @@ def table(
 
 
 def methods_table():
-    "Every method of the registry, ablations in one row: what is trained, its source, and how many parameters that are on T5-base's shape."
+    "Every method of the registry, ablations in two rows: what is trained, its source, and how many parameters that are on T5-base's shape."
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -1,6 +1,7 @@
 """The command line does what the library does, says what went wrong in one sentence, and its help teaches; `compare` on a table of one's own."""
 
 import json
+import sys
 import tomllib
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_methods_are_compared_on_the_same_rows(place, tmp_path):
     assert differences.difference["bitfit"] == pytest.approx(scores.score["pt"] - scores.score["bitfit"])
     recorded = [json.loads((tmp_path / f"mail-pt-{seed}" / "evaluation.json").read_text())["scores"][0]["value"] for seed in (0, 1)]
     assert scores.score["pt"] == pytest.approx(sum(recorded) / 2)
+
+
+def test_what_cannot_be_trained_is_said_before_another_method_is_trained(place, tmp_path, monkeypatch):
+    frame = pd.read_csv(place / "mail.csv")
+    task = task_of_table(frame, ["message"], "desk", "mail")
+    data, backbone = load_task(task, frame, label="desk"), load_backbone(str(place / "model"))
+    sizes = dict(prompt_length=40, short_length=6, max_length=64, spaces=2, space_width=1, fusion_width=1)
+    monkeypatch.setitem(sys.modules, "peft", None)  # as where it is not installed
+    with pytest.raises(ImportError, match="method 'lora' takes its layers from PEFT, which is not installed; run: pip install"):
+        compare(task, ["pt", "lora"], backbone, data, [0], tmp_path, TrainingConfig(steps=1, batch_size=2, evaluate_every=1), sizes, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_comparison_that_was_stopped_trains_no_finished_run_again(place, tmp_path, monkeypatch):

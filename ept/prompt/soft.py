@@ -47,7 +47,7 @@ CHOICES = {  # what fields of `EPTConfig` may be
 # %% ../../nbs/prompt/13_soft.ipynb #13cfg001
 @dataclass(frozen=True)
 class EPTConfig:
-    "Sizes and switches of a soft prompt. The letters are those of the README."
+    "Sizes and switches of a soft prompt. The letters are those of the notebook on decomposition."
 
     prompt_length: int = 100  # l, tokens of the plain prompt whose budget `l*d` is kept
     short_length: int = 40  # m, tokens that are prepended, at most l

@@ -78,7 +78,7 @@ its 95 % interval from the paired bootstrap over test rows and seeds, p after Ho
 Stopped and given again, it trains no finished run again.
 
 example:
-  ept compare mail.csv --text message --label desk --backbone smollm2 --methods ept,lora,pt --seeds 3
+  ept compare mail.csv --text message --label desk --backbone smollm2 --methods ept,dept,pt --seeds 3
 
 in Python: ept.compare""",
     "info": """

@@ -51,13 +51,15 @@ def compare(
     sizes: dict | None = None,  # see `train`; the same for all methods
     progress: bool = True,  # show bars
 ) -> ScoreTable:
-    "Train and evaluate methods on the same rows, runs that are finished already not again; `ValueError` before the first step for a method that is unknown or needs other runs."
+    "Train and evaluate methods on the same rows, runs that are finished already not again; what cannot be trained is said before the first step."
     task, runs = check_kind(get_task(task), RANKED, "compare"), []
     for method in map(get_method, methods):
         if method.sources:
             raise ValueError(f"method {method.name!r} starts from prompts of other tasks, which one table does not have; leave it out, or run a grid (make profile)")
     if len(set(methods)) < len(methods) or len(set(seeds)) < len(seeds) or not seeds or len(methods) < 2:
         raise ValueError(f"methods are {list(methods)} and seeds {list(seeds)}; give at least two methods and one seed, each once")
+    for method in methods:
+        make_job(task, method, seeds[0], backbone, data, training, sizes)  # says what cannot be trained, before something is
     for method in methods:
         for seed in seeds:
             run = _run(make_job(task, method, seed, backbone, data, training, sizes), Path(output_dir) / f"{task.name}-{method}-{seed}", progress)
