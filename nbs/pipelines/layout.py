@@ -8,8 +8,8 @@ A profile is a folder: the repository's root for the default one, profiles/<name
 of its own (a subdirectory project, as `dvc init --subdir` makes it), so that a command in one reads no stage of another:
 `dvc status` in the root is about the default profile, `cd profiles/smollm2 && dvc repro` about that one.
 
-What a person edits is params.yaml, and the files of tasks of one's own. Methods, seeds and all numbers in it are read by DVC itself. Only what DVC cannot express is
-written here: one dvc.yaml for each task of the list, and which kinds of stages there are at all.
+What a person edits is params.yaml, and the files of tasks of one's own. Methods, seeds and all numbers in it are read by DVC itself.
+Only what DVC cannot express is written here: one dvc.yaml for each task of the list, and which kinds of stages there are at all.
 """
 
 import argparse
