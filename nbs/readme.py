@@ -53,17 +53,20 @@ def results_row(
 
     folder = ROOT if name == "embedded" else ROOT / "profiles" / name
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    tasks = f"{len(params['tasks'])} {'made-up' if params['data']['source'] == 'embedded' else 'real'}"
+    origin = "made-up" if params["data"]["source"] == "embedded" else "real"
     report = folder / "results" / "report"
     if not report.exists():
-        return [f"`{name}`", tasks, "–", "–", "–", "not run"]
+        return [f"`{name}`", f"{len(params['tasks'])} {origin}", "–", "–", "–", "not run"]
     read = lambda file: list(csv.DictReader((report / file).open(encoding="utf-8")))
     means = {row["method"]: float(row["score"]) for row in read("tables/overall.csv") if row["score"]}  # of a grid that is not whole, those that are compared
     others = [row for row in read("tables/comparison.csv") if row["role"] == "comparison" and row["method"] in means]
     best = max(["ept", *(row["method"] for row in others)], key=means.get)
     sure = [float(row["difference"]) for row in others if float(row["bootstrap_holm"]) < 0.05]
     verdict = f"ahead of {sum(d > 0 for d in sure)}, behind {sum(d < 0 for d in sure)}, open {len(others) - len(sure)}"
-    runs = sum(int(row["seeds"]) for row in read("table.csv"))
+    cells = read("table.csv")
+    runs, there = sum(int(row["seeds"]) for row in cells), {(row["task"], row["method"]) for row in cells if row["seeds"] != "0"}
+    shared = [task for task in params["tasks"] if all((task, row["method"]) in there for row in [{"method": "ept"}, *others])]
+    tasks = f"{len(shared)} of {len(params['tasks'])} {origin}" if len(shared) < len(params["tasks"]) else f"{len(shared)} {origin}"
     link = f"[`{name}`]({(report / 'table.md').relative_to(ROOT).as_posix()})"
     return [link, tasks, str(runs), f"`{best}` {means[best]:.1f}", f"{means['ept']:.1f}", verdict]
 
