@@ -69,7 +69,7 @@ def compare(
     grid = Grid((task.name,), tuple(methods), tuple(seeds))
     return ScoreTable(Profile(task.name, BackboneChoice("compared"), origin, grid, own=own), pd.DataFrame(runs))
 
-
+# %% ../../nbs/use/68_comparing.ipynb #68cmp05b
 def _row(task, run, backbone, data):
     "A run with its answers on the test rows, as `ept.report.results.collect` reads one from its record."
     found = evaluate(run.adapter_dir, task, backbone, data)
