@@ -970,6 +970,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ept/report/results.py'),
                                     'ept.report.results.ScoreTable.differences': ( 'report/results.html#scoretable.differences',
                                                                                    'ept/report/results.py'),
+                                    'ept.report.results.ScoreTable.enough': ( 'report/results.html#scoretable.enough',
+                                                                              'ept/report/results.py'),
                                     'ept.report.results.ScoreTable.machines': ( 'report/results.html#scoretable.machines',
                                                                                 'ept/report/results.py'),
                                     'ept.report.results.ScoreTable.multiples': ( 'report/results.html#scoretable.multiples',

@@ -390,12 +390,21 @@ def common(self: ScoreTable) -> list[str]:
 
 # %% ../../nbs/report/61_results.ipynb #61rep002
 @patch
+def enough(
+    self: ScoreTable,
+    runs: int,  # of one task
+) -> bool:
+    "Whether so many runs say how far runs lie apart; where the grid has one seed, nothing is said of that."
+    return runs > 1 or len(self.seeds) == 1
+
+
+@patch
 def repeated(
     self: ScoreTable,
     methods: list[str],
 ) -> dict[str, list[int]]:  # task -> seeds
     "The pairs of some methods, without tasks of which they share one seed of several."
-    return {task: seeds for task, seeds in self.pairs(methods).items() if len(seeds) > 1 or len(self.seeds) == 1}
+    return {task: seeds for task, seeds in self.pairs(methods).items() if self.enough(len(seeds))}
 
 
 @patch(as_prop=True)
@@ -495,8 +504,7 @@ def difference(
     if not wanted:
         return Difference(math.nan, math.nan, math.nan, math.nan)
     apart, drawn, differing = zip(*(self._draws_of(t, first, second, seeds) for t, seeds in wanted.items()))
-    several = len(self.seeds) == 1 or all(len(own) > 1 for own in apart)
-    draws = np.mean(drawn, axis=0) if several and all(map(len, drawn)) else []
+    draws = np.mean(drawn, axis=0) if all(map(len, drawn)) and all(self.enough(len(own)) for own in apart) else []
     return paired_difference(np.mean([np.mean(own) for own in apart]), draws, sum(differing), degrees_of_freedom(apart, draws) if len(draws) else math.inf)
 
 # %% ../../nbs/report/61_results.ipynb #c36f4a9a
@@ -504,7 +512,7 @@ def difference(
 def _standing(self: ScoreTable, task, method):
     '"best", "level" with the best, or "": whether a method leads a task, and whether by more than the interval.'
     there = {m: c for m in self.methods if (c := self.cell(task, m))}
-    tested = {m: c["score"] for m, c in there.items() if c["seeds"] > 1 or len(self.seeds) == 1}
+    tested = {m: c["score"] for m, c in there.items() if self.enough(c["seeds"])}
     if method not in tested or len(there) < 2:
         return ""
     leader = max(tested, key=tested.get)
@@ -629,8 +637,8 @@ def overall(
 def _mean_interval(self: ScoreTable, method, pairs):
     "95 % interval of a method's mean score over tasks and seeds; NaN where it lacks one, or its predictions."
     keys = {t: [(t, method, s) for s in seeds] for t, seeds in pairs.items()}
-    several = len(self.seeds) == 1 or all(len(own) > 1 for own in keys.values())
-    if not keys or not several or not all(k in self._runs and k in self.drawn for own in keys.values() for k in own):
+    there = all(self.enough(len(own)) and all(k in self._runs and k in self.drawn for k in own) for own in keys.values())
+    if not keys or not there:
         return math.nan, math.nan
     scores = {t: [self._runs[k] for k in own] for t, own in keys.items()}
     draws = np.mean([over_seeds(scores[t], [self.drawn[k] for k in own], t) for t, own in keys.items()], axis=0)
