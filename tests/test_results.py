@@ -713,6 +713,12 @@ def test_consistency_is_among_ept_and_the_comparison_methods(large):
     assert found.loc[["frozen", "ept-one-space"], ["rank", "worst_gap"]].isna().all().all()
 
 
+def test_one_task_is_named_in_the_singular():
+    table = made_up(tasks=("sst2",), methods=("pt", "dept", "ept"), missing=())
+    labels = [axes.get_xlabel() + axes.get_ylabel() for plot in (plot_ranks, plot_time) for axes in plot(table).axes]
+    assert sum("1 task," in label for label in labels) == 2 and not any("1 tasks" in label for label in labels)
+
+
 def test_the_interval_of_a_mean_is_narrower_than_that_of_a_task(large):
     table = made_up(tasks=tuple(TASKS), methods=("pt", "ept"), missing=())
     found = table.overall().set_index("method").loc["ept"]

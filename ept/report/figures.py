@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from .results import SIZES, ScoreTable, sweep_mean, sweep_points
+from .results import SIZES, ScoreTable, counted, sweep_mean, sweep_points
 from .statistics import ranks
 
 # %% ../../nbs/report/63_figures.ipynb #9b1b4228
@@ -251,7 +251,7 @@ def _plot_cost(table, column, label, log):
             axes.set_xlim(0, 1.18 * paid[column].max())
         axes.margins(y=0.12)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"mean test score of {len(table.common)} tasks, percent")
+        axes.set_ylabel(f"mean test score of {counted(len(table.common), 'task')}, percent")
         points, colors = {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}
         bars = {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])}
         label_points(axes, points, colors, free.tolist(), bars)
@@ -302,7 +302,7 @@ def plot_ranks(
         axes.set_ylim(len(order) - 0.4, -1.6 if critical <= len(order) - 1 else -0.6)
         axes.set_xlim(0.7, len(order) + 0.3)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-        axes.set_xlabel(f"rank over {len(placed)} tasks, 1 is best; marker and bar: mean ± standard deviation")
+        axes.set_xlabel(f"rank over {counted(len(placed), 'task')}, 1 is best; marker and bar: mean ± standard deviation")
     return figure
 
 
@@ -347,7 +347,7 @@ def plot_comparison(
         _forest(axes, [(r.method, r.difference, r.low, r.high, r.verdict, r.method) for r in found.itertuples()], look(table.methods, table.proposed))
         axes.text(1.01, -0.7, "win / tie / loss", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8, color="#555555")
         for y, row in enumerate(found.itertuples()):
-            text = f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {row.tasks} tasks")
+            text = f"{row.wins} / {row.ties} / {row.losses}" + ("" if row.tasks == len(table.tasks) else f"   of {counted(row.tasks, 'task')}")
             axes.text(1.01, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
         axes.set_xlabel(f"{method} minus the other, points, mean over tasks; hollow: a tie")
     return figure
