@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 WIDTH, VOCABULARY = 32, 320
+DEVICE = os.environ.get("EPT_TEST_DEVICE", "cpu")  # where the tiny backbones are: `EPT_TEST_DEVICE=cuda python -m pytest tests/test_battery.py`
 NOTEBOOKS = "tests/test_notebooks.py"
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background; what the tests start is to end at Ctrl-C all the same
@@ -111,7 +112,7 @@ def byte_tokenizer(eos):
 
 
 def tiny_backbone(kind):
-    model = MODELS[kind]()
+    model = MODELS[kind]().to(DEVICE)
     return Backbone(model.requires_grad_(False), byte_tokenizer(eos=kind == "t5"), f"tiny-{kind}", "test")
 
 

@@ -13,7 +13,7 @@ from ept.methods.registry import METHODS, build_method, num_parameters
 from ept.methods.sources import SOURCE_TASKS
 from ept.model.modeling import EPTModel
 from ept.prompt.soft import EPTConfig, SoftPrompt
-from tests.conftest import perturbed
+from tests.conftest import DEVICE, perturbed
 
 SIZES = dict(prompt_length=40, short_length=6, max_length=12, spaces=3, space_width=1, fusion_width=2, seed=3)
 SIZES |= dict(residual_width=5, attention_width=7, adapter_width=3, lora_rank=2)
@@ -73,12 +73,12 @@ def inputs(lengths=(4, 7), total=None, side="right"):
         place = slice(0, length) if side == "right" else slice(total - length, total)
         ids[row, place] = torch.randint(3, 300, (length,), generator=generator)
         mask[row, place] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids.to(DEVICE), "attention_mask": mask.to(DEVICE)}
 
 
 def labels_for(model, batch):
     if model.family == "encoder-decoder":
-        return torch.tensor([[5, 1], [7, 1]])
+        return torch.tensor([[5, 1], [7, 1]], device=DEVICE)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return labels.masked_fill(batch["attention_mask"].cumsum(1) <= 2, -100)
 
@@ -134,7 +134,7 @@ def test_padding_changes_nothing(trained):
     left = inputs(total=9, side="left")
     assert_close(trained.score(**short, candidates=CANDIDATES), trained.score(**left, candidates=CANDIDATES), rtol=1e-5, atol=1e-5)
     if trained.family == "encoder-decoder":
-        target = torch.tensor([[5, 1], [7, 1]])
+        target = labels_for(trained, short)
         assert_close(trained(**short, labels=target).logits, trained(**long, labels=target).logits, rtol=1e-5, atol=1e-5)
     else:
         chosen = trained(**short).logits[short["attention_mask"] == 1]
@@ -207,12 +207,12 @@ def test_a_score_is_the_loss_of_the_candidate(trained):
     batch = inputs(lengths=(6,))
     scores = trained.score(**batch, candidates=CANDIDATES)
     for column, candidate in enumerate(CANDIDATES):
-        answer = torch.tensor([candidate])
+        answer = torch.tensor([candidate], device=DEVICE)
         if trained.family == "encoder-decoder":
             loss = trained(**batch, labels=answer).loss
         else:
             ids = torch.cat([batch["input_ids"], answer], dim=1)
-            loss = trained(input_ids=ids, labels=torch.cat([torch.full((1, 6), -100), answer], dim=1)).loss
+            loss = trained(input_ids=ids, labels=torch.cat([torch.full_like(batch["input_ids"], -100), answer], dim=1)).loss
         assert_close(scores[0, column], -loss.detach() * len(candidate), rtol=1e-4, atol=1e-4)
 
 
@@ -261,7 +261,7 @@ def test_generate_equals_the_route_by_hand(trained):
     if offset is not None:
         text = text + offset[..., :7, :]
     embeddings = torch.cat([prompt.expand(2, -1, -1), text], dim=1)
-    by_hand = trained.backbone.generate(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2]).long(), **options)
+    by_hand = trained.backbone.generate(inputs_embeds=embeddings, attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=DEVICE), **options)
     assert torch.equal(trained.generate(**batch, **options), by_hand)
 
 
@@ -299,7 +299,7 @@ def test_a_prompt_without_a_gate_says_so(method, trained):
 def test_gate_weights_sum_to_one(method, trained):
     weights = trained.gate_weights()
     assert weights.shape == (trained.prompt_config.short_length, trained.prompt_config.spaces)
-    assert_close(weights.sum(-1), torch.ones(len(weights)))
+    assert_close(weights.sum(-1), torch.ones_like(weights[:, 0]))
 
 
 def test_the_same_seed_gives_the_same_start(method, backbone):

@@ -203,7 +203,7 @@ def share_prompt(
     workers: int = 0,  # processes that load batches
     progress: bool = True,  # show a bar
 ) -> Run:
-    "Train the prompt that source tasks share, from which `mpt` starts; a killed run resumes at its last checkpoint and ends with the same bits."
+    "Train the prompt that source tasks share, from which `mpt` starts; a killed run resumes at its last checkpoint and ends with the same bits, on a CPU."
     if not source_prompts:
         raise ValueError("source_prompts is empty, and they are the teachers; train method 'pt' on source tasks, then pass {task: adapter folder}")
     if distillation < 0:

@@ -340,7 +340,7 @@ def train(
     report_to: str | list[str] = "none",  # trackers, as transformers' Trainer names them: "tensorboard" (in tensorboard/, beside the adapter), "wandb", "mlflow"
     callbacks: Sequence = (),  # transformers' TrainerCallbacks, called as its Trainer calls them; their states, where they have some, are in the checkpoints
 ) -> Run:
-    "Train one prompt and write its adapter; a killed run resumes at its last checkpoint and ends with the same bits as one that was not interrupted."
+    "Train one prompt and write its adapter; a killed run resumes at its last checkpoint and ends as one that was not interrupted, on a CPU with the same bits."
     job = make_job(task, method, seed, backbone, data, training, sizes, source_prompts)
     output_dir = Path(output_dir or Path("adapters") / f"{job.task.name}-{job.method.name}-{seed}")
     return complete(job, output_dir, checkpoint_dir, workers, progress, gradient_checkpointing, report_to, callbacks)
