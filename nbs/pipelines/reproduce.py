@@ -1,4 +1,4 @@
-"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile smollm2`.
+"""Bring a profile's results up to date: `python nbs/pipelines/reproduce.py --profile smollm2-plain`.
 
 `dvc repro` in the profile's folder does the same, one stage after another. Here the stages go to workers, as many at a time as the
 section [cluster] of settings.ini says, on this machine or on others; see ept.workflow. What they print goes to runs/logs; on the

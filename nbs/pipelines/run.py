@@ -1,6 +1,6 @@
 """Run one notebook of the pipeline: `python nbs/pipelines/run.py train --task cola --method ept --seed 0`.
 
-It is run in the folder of a profile; from elsewhere `--profile-file profiles/smollm2/params.yaml` says which one is meant.
+It is run in the folder of a profile; from elsewhere `--profile-file profiles/smollm2-plain/params.yaml` says which one is meant.
 """
 
 import os
