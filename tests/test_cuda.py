@@ -10,22 +10,18 @@ from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ept.data.tasks import Task
 from ept.methods.registry import METHODS
 from ept.model.backbone import load_backbone, resolve_device, resolve_precision
 from ept.model.bank import PromptBank
 from ept.model.modeling import EPTModel
-from ept.training.config import TrainingConfig
 from ept.training.evaluation import evaluate
 from ept.training.trainer import PromptTrainer
 from ept.training.training import train
 from tests.conftest import perturbed, tiny_backbone
 from tests.test_battery import CANDIDATES, build, inputs, labels_for, only
+from tests.test_training import CONFIG, SIZES, TASK, Stopped
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is here")]
-SIZES = dict(prompt_length=60, short_length=8, max_length=48, spaces=2, space_width=1, fusion_width=1)
-TASK = Task("colour", ("text",), ("no", "yes"), ("accuracy",))
-CONFIG = TrainingConfig(steps=8, batch_size=4, evaluate_every=2, learning_rate=0.1, pair_learning_rate=0.01, module_learning_rate=0.01)
 trainable = only(lambda method: method.trained)
 some = pytest.mark.parametrize("name", ["ept", "dept", "pt", "adept", "lora", "bitfit", "finetune"])
 
@@ -126,10 +122,6 @@ def test_what_is_trained_there_is_used_anywhere(name, pair, data, tmp_path):
     found = [EPTModel.from_pretrained(one.model, run.adapter_dir).score(**on(one.model.device, inputs()), candidates=CANDIDATES).cpu() for one in pair]
     assert_close(*found, rtol=1e-4, atol=1e-4)
     assert evaluate(run.adapter_dir, TASK, here, data, split="validation").score == pytest.approx(run.validation_score, abs=100 / 16)
-
-
-class Stopped(Exception):
-    "Stands for a process that is killed."
 
 
 @some

@@ -1,8 +1,8 @@
 """The files by which DVC knows a profile, written from its params.yaml; and new profiles.
 
-    python nbs/pipelines/layout.py                            # write those of all profiles
+    python nbs/pipelines/layout.py                                  # write those of all profiles
     python nbs/pipelines/layout.py --new mine --from smollm2-plain  # a new profile in profiles/mine, a copy of another
-    python nbs/pipelines/layout.py --new mine --tasks a.yaml  # the same on tasks of one's own
+    python nbs/pipelines/layout.py --new mine --tasks a.yaml        # the same on tasks of one's own
 
 A profile is a folder: the repository's root for the default one, profiles/<name> for the others. Each of those is a DVC project
 of its own (a subdirectory project, as `dvc init --subdir` makes it), so that a command in one reads no stage of another:
