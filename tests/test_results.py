@@ -1323,7 +1323,13 @@ def test_the_budget_is_read_off_a_record(method):
     """`l*d` from the count of `pt`, or of `dept` where a grid has no `pt`."""
     table = made_up(methods=(method, "lora", "ept"))
     assert table.budget == 100 * 768 and table.multiples == {method: 1.0, "lora": 49.0, "ept": 1.0} and table.within == [method, "ept"]
-    assert math.isnan(made_up(methods=("lora", "ept")).budget) and budget_table(made_up(methods=("lora", "ept"))) is None
+
+
+def test_without_a_budget_nothing_is_within_it():
+    """No record tells `l*d` where a grid has neither `pt` nor `dept`."""
+    table = made_up(methods=("lora", "ept"))
+    assert math.isnan(table.budget) and table.within == [] and budget_table(table) is None
+    assert "nan" not in " ".join(findings(table)) and "budget" not in " ".join(findings(table))
 
 
 def test_a_multiple_a_little_above_one_is_not_within_the_budget():

@@ -324,7 +324,7 @@ class ScoreTable:
     def scores(self, methods: list[str] | None = None) -> pd.DataFrame:
         "Mean scores in percent; rows are tasks, columns methods, NaN where a cell is missing."
         wide = self.cells.pivot(index="task", columns="method", values="score")
-        return wide.reindex(index=self.tasks, columns=methods or self.methods)
+        return wide.reindex(index=self.tasks, columns=self.methods if methods is None else methods)
 
 # %% ../../nbs/report/61_results.ipynb #f0deb604
 @patch(as_prop=True)
@@ -366,7 +366,7 @@ def pairs(
     methods: list[str] | None = None,  # None is the compared ones
 ) -> dict[str, list[int]]:  # task -> seeds; tasks without any are left out
     "The tasks and seeds that all of some methods have."
-    methods = methods or self.compared
+    methods = self.compared if methods is None else methods
     found = {t: [s for s in self.seeds if all((t, m, s) in self._runs for m in methods)] for t in self.tasks}
     return {task: seeds for task, seeds in found.items() if seeds}
 
@@ -379,7 +379,7 @@ def shared(
 ) -> pd.DataFrame:  # rows are tasks
     "Mean scores in percent over the tasks and seeds that all of some methods have; NaN for a method that lacks one of them."
     score = lambda t, m, seeds: float(np.mean([self._runs.get((t, m, s), math.nan) for s in seeds]))
-    pairs, methods = self.pairs(among), methods or self.methods
+    pairs, methods = self.pairs(among), self.methods if methods is None else methods
     return pd.DataFrame([[score(t, m, seeds) for m in methods] for t, seeds in pairs.items()], list(pairs), methods, dtype=float)
 
 
