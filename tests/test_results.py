@@ -647,7 +647,7 @@ def test_a_report_says_what_its_times_were_measured_on(filled):
     p, root = filled
     assert "measured on: a processor (cpu, float32)." in score_table(read(p, root)).markdown()
     measure(root, p, "cola-ept-0", 5.0, "again", processor="another, faster")
-    assert "of the time of `pt` (1 run of each), wall-clock" in " ".join(findings(read(p, root)))
+    assert "of the time of `pt` (1 run of each), wall-clock, each pair of runs on one kind of machine" in " ".join(findings(read(p, root)))
     measure(root, p, "cb-ept-0", 5.0, "again", processor="another, faster")
     table = read(p, root)
     assert "measured on: a processor (cpu, float32), 2 runs; another, faster (cpu, float32), 2 runs." in dict(protocol(table))["Times"]

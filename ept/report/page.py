@@ -169,7 +169,7 @@ def _duration(table):
         if together := len(table.timed_together(own, other)):
             few = f" ({together} run{'s' * (together > 1)} of each)" if together < made else ""
             said.append(f"{table.time_ratio(own, other):.2f} of the time of `{other}`{few}")
-    return f"Training took `{own}` {' and '.join(said)}, wall-clock on the machine of these runs." if said else ""
+    return f"Training took `{own}` {' and '.join(said)}, wall-clock, each pair of runs on one kind of machine." if said else ""
 
 # %% ../../nbs/report/64_page.ipynb #2ffb4182
 LEVELLED = 1.0  # points; a second half of the steps that adds more has not ended
