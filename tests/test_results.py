@@ -651,6 +651,9 @@ def test_a_report_says_what_its_times_were_measured_on(filled):
     measure(root, p, "cb-ept-0", 5.0, "again", processor="another, faster")
     table = read(p, root)
     assert "measured on: a processor (cpu, float32), 2 runs; another, faster (cpu, float32), 2 runs." in dict(protocol(table))["Times"]
+    measure(root, p, "cb-pt-0", None, "again", processor="beside other work")
+    hardware = dict(provenance(read(p, root)))["Hardware"]
+    assert "beside other work (cpu, float32), 1 run" in hardware and "first measured" in hardware, "what was not timed has run somewhere, too"
     assert math.isnan(table.overall().set_index("method")["time_of_pt"]["ept"]), "seconds of different processors are not compared"
 
 

@@ -206,11 +206,12 @@ def nest_markers(
     axes: Axes,  # whose limits and layout are final
     markers: list[Line2D],  # of one point each, in the order in which they are drawn
 ) -> None:
-    "Where markers meet, make each one larger than those on top of it, so that all of them are seen."
+    "Where markers meet, make each one larger than those on top of it, three times at most: all of them are seen, and none hides what is beside them."
     near, spots = 2 * axes.figure.dpi / 72, [axes.transData.transform(marker.get_xydata()[0]) for marker in markers]
-    for i, marker in enumerate(markers):
-        above = sum(math.dist(spots[i], spot) < near for spot in spots[i + 1 :])
-        marker.set_markersize(marker.get_markersize() * 1.6**above)
+    above = [sum(math.dist(spot, other) < near for other in spots[i + 1 :]) for i, spot in enumerate(spots)]
+    growth = min(1.6, 3 ** (1 / max([1, *above])))
+    for marker, count in zip(markers, above):
+        marker.set_markersize(marker.get_markersize() * growth**count)
 
 # %% ../../nbs/report/63_figures.ipynb #63fig042
 def _mark(axes, x, row, style):

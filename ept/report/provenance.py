@@ -66,14 +66,15 @@ def provenance(
     there = _records(table)
     formats = sorted({f"{r['format_version']:.0f}" for r in there if r.get("format_version")})
     code = [f"{name} {versions}" for stage, name in STAGES.items() if (versions := _versions(there, stage))]
-    hardware = [f"{name}, {counted(count, 'run')}" if len(table.machines) > 1 else name for name, count in table.machines.items()]
+    several = len(table.hardware) > 1
+    hardware = "; ".join(name + (f", {counted(count, 'run')}" if several else "") for name, count in table.hardware.items())
     return [
         ("Command", f"`make reproduce PROFILE={table.profile.profile}`"),
         ("Records", f"{len(there)} of {counted(len(table.runs), 'run')}" + (f", format {' and '.join(formats)}" if formats else "")),
         ("Code", "; ".join(code) or "not recorded"),
         ("Backbone", _tally(map(_backbone, there))),
         ("Packages", _tally(map(_packages, there))),
-        ("Hardware", "; ".join(hardware) or "not recorded"),
+        ("Hardware", hardware + (" (where a run's costs were first measured)" if several else "") or "not recorded"),
         ("Date and commit", "those of the records: `git log -1 -- results/scores` in the folder of the profile"),
     ]
 

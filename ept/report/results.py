@@ -413,11 +413,22 @@ def deciding(self: ScoreTable) -> list[str]:
     return self.parts.get("confirmation", self.tasks)
 
 # %% ../../nbs/report/61_results.ipynb #fa193c59
+def _by_machine(runs):
+    "How many runs each machine has."
+    names = [_machine(run) for run in runs.to_dict("records")]
+    return {name: names.count(name) for name in sorted(set(names))}
+
+
 @patch(as_prop=True)
 def machines(self: ScoreTable) -> dict[str, int]:  # processor, device and precision -> number of runs
     "The machines that the runs were timed on."
-    timed = [_machine(run) for run in self.runs[self.runs["train_seconds"] > 0].to_dict("records")]
-    return {name: timed.count(name) for name in sorted(set(timed))}
+    return _by_machine(self.runs[self.runs["train_seconds"] > 0])
+
+
+@patch(as_prop=True)
+def hardware(self: ScoreTable) -> dict[str, int]:  # processor, device and precision -> number of runs
+    "The machines that the published costs name, of runs with a time and without."
+    return _by_machine(self.runs[self.runs["score"].notna() & (self.runs["device"].fillna("") != "")])
 
 
 @patch
