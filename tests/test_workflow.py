@@ -3,6 +3,7 @@
 import errno
 import itertools
 import json
+import multiprocessing.forkserver
 import os
 import re
 import shutil
@@ -435,6 +436,21 @@ def test_each_gpu_has_one_run_at_a_time_and_what_needs_none_goes_on(tmp_path):
         gpu = [workers.submit(Job(f"gpu-{i}", (busy,), str(tmp_path), resources={"gpu": 1})) for i in range(6)]
         none = workers.submit(Job("cpu", ('test -z "$CUDA_VISIBLE_DEVICES"',), str(tmp_path)))
         assert [future.result().status for future in (*gpu, none)] == [0] * 7
+
+
+def test_a_process_that_ends_while_another_starts_is_not_lost(tmp_path, monkeypatch):
+    """Whoever starts a process asks those before it how they have ended; the answer can be read once."""
+    read = multiprocessing.forkserver.read_signed
+
+    def slow(descriptor):
+        time.sleep(0.05)
+        return read(descriptor)
+
+    monkeypatch.setattr(multiprocessing.forkserver, "read_signed", slow)
+    setup = Setup(str(tmp_path / "logs"), str(tmp_path / "locks"))
+    with LocalWorkers(Cluster(workers=4, gpus=0), setup) as workers:
+        futures = [workers.submit(Job(str(i), (f"exit {i % 3}",), str(tmp_path))) for i in range(24)]
+        assert [future.result().status for future in futures] == [0, 1, 2] * 8
 
 
 @pytest.mark.parametrize("engine", BATCH)

@@ -156,13 +156,13 @@ def _process(job, setup, environment):
         os._exit(status)  # taking a process apart that has imported much takes long
 
 # %% ../../nbs/workflow/70_workers.ipynb #20964031
-_STARTS = threading.Lock()
+_CHILDREN = threading.Lock()  # whoever starts one asks all others how they have ended, and who asks first is told
 
 
 def _start(setup, target, *arguments):
     "A new process, forked from one that has imported the libraries."
     context = multiprocessing.get_context("forkserver")
-    with _STARTS:
+    with _CHILDREN:
         main, folders = sys.modules["__main__"], os.environ.get("PYTHONPATH", "")
         try:
             sys.modules["__main__"] = types.ModuleType("__main__")
@@ -232,5 +232,7 @@ def run_job(
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.join()
+            wait([process.sentinel])
+            with _CHILDREN:
+                process.join()
     return Outcome(process.exitcode, time.monotonic() - start, last_line(log, began) if process.exitcode else "", socket.gethostname(), asked)
