@@ -855,6 +855,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ept.report.figures._free_place': ('report/figures.html#_free_place', 'ept/report/figures.py'),
                                     'ept.report.figures._logarithmic': ('report/figures.html#_logarithmic', 'ept/report/figures.py'),
                                     'ept.report.figures._mark': ('report/figures.html#_mark', 'ept/report/figures.py'),
+                                    'ept.report.figures._mark_untrained': ('report/figures.html#_mark_untrained', 'ept/report/figures.py'),
                                     'ept.report.figures._name': ('report/figures.html#_name', 'ept/report/figures.py'),
                                     'ept.report.figures._plot_cost': ('report/figures.html#_plot_cost', 'ept/report/figures.py'),
                                     'ept.report.figures._rank_line': ('report/figures.html#_rank_line', 'ept/report/figures.py'),

@@ -230,9 +230,26 @@ def _logarithmic(axes, low, high):
     axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
     axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
+# %% ../../nbs/report/63_figures.ipynb #63fig046
+def _mark_untrained(axes, scores, looks, low, high):
+    "A dotted line for each method without a cost; a note at the lower edge for those that lie farther below the others than these lie apart. The heights that are taken."
+    words = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3), "textcoords": "offset points", "fontsize": 7.5, "color": "#666666"}
+    room = max(high - low, 5.0)
+    far = scores[scores < low - room]
+    near = scores.drop(far.index)
+    for method, score in near.items():
+        axes.axhline(score, color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
+        axes.annotate(f"{method}: nothing trained", (0.01, score), **words)
+    if far.empty:
+        return near.tolist()
+    edge = min([low, *near]) - 0.2 * room
+    axes.set_ylim(edge, max([high, *near]) + 0.12 * room)
+    axes.annotate("far below, nothing trained: " + ", ".join(f"{method} {score:.1f}" for method, score in far.items()), (0.01, edge), **words)
+    return [*near, edge + 0.03 * room]
+
 # %% ../../nbs/report/63_figures.ipynb #10ee6f3f
 def _plot_cost(table, column, label, log):
-    "Mean score against a cost; a method without that cost is a horizontal line. None for fewer than two methods with a cost."
+    "Mean score against a cost; None for fewer than two methods with a cost."
     found, looks = table.overall().set_index("method").dropna(subset=["score", column]), look(table.methods, table.proposed)
     paid = found[found[column] > 0]
     if len(paid) < 2:
@@ -242,20 +259,17 @@ def _plot_cost(table, column, label, log):
         axes = figure.add_subplot()
         markers = [_mark(axes, row[column], row, looks[method]) for method, row in paid.iterrows()]
         free = found[found[column] == 0]["score"]
-        for method, score in free.items():
-            axes.axhline(score, color=looks[method]["color"], linewidth=1.1, linestyle=":", zorder=1)
-            place = {"xycoords": axes.get_yaxis_transform(), "xytext": (0, 3), "textcoords": "offset points"}
-            axes.annotate(f"{method}: nothing trained", (0.01, score), **place, fontsize=7.5, color="#666666")
         if log:
             _logarithmic(axes, paid[column].min(), paid[column].max())
         else:
             axes.set_xlim(0, 1.18 * paid[column].max())
         axes.margins(y=0.12)
+        taken = _mark_untrained(axes, free, looks, paid[["low", "score"]].min(axis=None), paid[["high", "score"]].max(axis=None))
         axes.set_xlabel(label)
         axes.set_ylabel(f"mean test score of {counted(len(table.common), 'task')}, percent")
         points, colors = {m: (r[column], r["score"]) for m, r in paid.iterrows()}, {m: looks[m]["color"] for m in paid.index}
         bars = {m: (r["low"], r["high"]) for m, r in paid.iterrows() if not math.isnan(r["low"])}
-        label_points(axes, points, colors, free.tolist(), bars)
+        label_points(axes, points, colors, taken, bars)
         nest_markers(axes, markers)
     return figure
 
