@@ -466,7 +466,7 @@ def test_the_embedded_table_says_what_it_is_not(tmp_path):
 def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_path, few_figures):
     """A copy under another name says the same true things: whether its data are made up, and published scores beside real rows."""
     reports = {}
-    for name in ("embedded-full", "smollm2-plain", "a-copy"):
+    for name in ("embedded-confirmation", "smollm2-plain", "a-copy"):
         p = replace(profile(tasks=("cola", "cb"), name=name), data=DataChoice(source, "data" if source == "embedded" else None))
         for key, right in (("cola-frozen-0", 50), ("cola-pt-0", 70), ("cola-ept-0", 95), ("cb-pt-0", 80), ("cb-ept-0", 84)):
             write(tmp_path / name, p, key, right)
@@ -475,7 +475,7 @@ def test_what_a_profile_says_of_itself_does_not_hang_on_its_name(source, tmp_pat
         texts = {f.name: f.read_text() for f in (tmp_path / name / "report").rglob("*") if f.is_file()}
         texts |= {"findings": " ".join(findings(table)), "columns": " ".join(score_table(table).columns)}
         reports[name] = {file: text.replace(name, "NAME") for file, text in texts.items()}
-    assert reports["embedded-full"] == reports["a-copy"] == reports["smollm2-plain"]
+    assert reports["embedded-confirmation"] == reports["a-copy"] == reports["smollm2-plain"]
     made_up_data, found = source == "embedded", reports["a-copy"]
     for file in ("report.html", "table.md", "scores.tex"):
         assert ("NAME: proves the machinery, says nothing about English" in found[file]) == made_up_data
