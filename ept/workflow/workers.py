@@ -156,7 +156,7 @@ def _process(job, setup, environment):
         os._exit(status)  # taking a process apart that has imported much takes long
 
 # %% ../../nbs/workflow/70_workers.ipynb #20964031
-_CHILDREN = threading.Lock()  # whoever starts one asks all others how they have ended, and who asks first is told
+_CHILDREN = threading.Lock()  # for starts and ends
 
 
 def _start(setup, target, *arguments):
