@@ -133,6 +133,12 @@ def test_every_link_leads_somewhere(page):
     assert not [link for link in links if not (folder / link).exists()]
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_profile_that_a_command_names_is_there(page):
+    named = re.findall(r"(?:PROFILE=|FROM=|cd profiles/)([a-z][\w-]*)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [name for name in named if name not in ("mine", "name") and not (profile_folder(name) / "params.yaml").exists()]
+
+
 def example():
     "The README's lines of Python."
     return re.search(r"```python\n(.+?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[1]
