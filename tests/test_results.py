@@ -1321,6 +1321,14 @@ def test_the_search_of_another_profile_says_which_tasks_were_for_development(tmp
     assert searched(other).tasks == source.search.tasks and searched(source) is source.search
 
 
+def test_a_table_reads_the_search_of_another_profile_once(searched_grid, monkeypatch):
+    """Every question about development and confirmation asks for it, hundreds of times a page."""
+    read = []
+    monkeypatch.setattr("ept.report.results.searched", lambda profile: read.append(profile) or searched_grid.profile.search)
+    table = ScoreTable(searched_grid.profile, searched_grid.runs)
+    assert table.parts["development"] == ["sst2", "cb"] and not set(table.deciding) & {"sst2", "cb"} and len(read) == 1
+
+
 @pytest.mark.parametrize("method", ["pt", "dept"])
 def test_the_budget_is_read_off_a_record(method):
     """`l*d` from the count of `pt`, or of `dept` where a grid has no `pt`."""

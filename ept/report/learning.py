@@ -13,9 +13,8 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from ..data.resampling import DRAWS
 from .results import ScoreTable
-from .statistics import degrees_of_freedom, difference, over_seeds
+from .statistics import DRAWS, degrees_of_freedom, difference, over_seeds
 from .tables import Cell, Table
 from ..training.curves import area_under, at_shares, steps_to
 from ..training.inside import modules_moved

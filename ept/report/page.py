@@ -12,7 +12,6 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from ..data.resampling import DRAWS
 from .contrasts import contrast_table, contrasts
 from .descriptions import DESCRIPTIONS
 from .figures import plot_ablations, plot_comparison, plot_curves, plot_gates, plot_parameters, plot_ranks, plot_scores, plot_sweep, plot_time, to_svg
@@ -20,6 +19,7 @@ from .learning import TARGETS, ahead, ahead_table, learned, speed, speed_table, 
 from .learning_figures import plot_inside, plot_speed
 from .provenance import caveats, provenance
 from .results import SIZES, ScoreTable, counted, label, of_origin, origins, sweep_mean, sweep_points
+from .statistics import DRAWS
 from ept.report.tables import (
     TEMPLATES,
     averaged,

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from ..data.resampling import RESAMPLED, interval, resample, weighted_scores
 from ..data.tasks import Task
 from ..grid.profiles import BackboneChoice, DataChoice, Grid, Paths, Profile, Search, load_profile, profile_files
-from .statistics import Difference, degrees_of_freedom, gaps, holm, over_seeds, ranks, stretched, wilcoxon
+from .statistics import DRAWS, Difference, degrees_of_freedom, gaps, holm, over_seeds, ranks, stretched, wilcoxon
 from .statistics import critical_difference as nemenyi
 from .statistics import difference as paired_difference  # a patched method may take the name away from a function
 from ..training.inside import modules_moved
@@ -162,7 +162,7 @@ def resample_runs(
             if not np.array_equal(run["labels"], first["labels"]):
                 name = lambda r: f"{r['task']}-{r['method']}-{r['seed']}"
                 raise ValueError(f"{name(run)} was scored on other rows than {name(first)}; evaluate the runs of {task} again on the same test split")
-        found = resample(first["metric"], part["predictions"].tolist(), first["labels"], first["groups"], seed=task)
+        found = resample(first["metric"], part["predictions"].tolist(), first["labels"], first["groups"], DRAWS, task)
         drawn |= {(task, m, s): d for m, s, d in zip(part["method"], part["seed"], found)}
     return drawn
 
@@ -297,6 +297,12 @@ def _roles(runs, methods):
         found[method] = said[0] if said else None
     return found
 
+
+def _search(runs, profile):
+    "The search that has chosen the sizes and rates of the runs; None where the records know of none, whatever the profile says today."
+    told = any("chosen" in ((config or {}).get("search") or {}) for config in runs["config"]) if "config" in runs else False
+    return searched(profile) if told else None
+
 # %% ../../nbs/report/61_results.ipynb #a29ae311
 class ScoreTable:
     "The scores of a profile: cells, ranks, and differences between methods with their tests."
@@ -306,6 +312,7 @@ class ScoreTable:
         self.tasks, self.methods, self.seeds = list(profile.grid.tasks), list(profile.grid.methods), list(profile.grid.seeds)
         self.roles = _roles(runs, self.methods)  # method -> "proposed", "ablation", "comparison", "reference"; None without records
         self.proposed = next((m for m, role in self.roles.items() if role == "proposed"), None)  # what the others are compared with
+        self.search = _search(runs, profile)  # None where there was none
         self.drawn, self._compared = resample_runs(runs), {}
         rows = [((r["task"], r["method"], r["seed"]), r) for r in runs.to_dict("records")]
         self._answers = {key: (r["predictions"], r["groups"]) for key, r in rows if r["predictions"] is not None}
@@ -340,13 +347,6 @@ def compared(self: ScoreTable) -> list[str]:
     return [m for m, count in runs.items() if count and 2 * count >= max(runs.values())]
 
 # %% ../../nbs/report/61_results.ipynb #072eb691
-@patch(as_prop=True)
-def search(self: ScoreTable) -> Search | None:  # None where the records know of none, whatever the profile says today
-    "The search that has chosen the sizes and rates of the runs."
-    told = any("chosen" in ((config or {}).get("search") or {}) for config in self.runs["config"]) if "config" in self.runs else False
-    return searched(self.profile) if told else None
-
-
 @patch(as_prop=True)
 def development(self: ScoreTable) -> list[str]:  # in the grid's order
     "The tasks on which sizes and rates were chosen; the others are for confirmation, and they decide."
