@@ -1,6 +1,9 @@
 """A trained prompt in use: it says what it is for, brings its backbone, and answers as `evaluate` does."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -225,3 +228,15 @@ def test_a_pipeline_of_transformers_generates_behind_the_prompt():
     other, _ = in_use(tiny_backbone("t5"), DESK)
     with pytest.raises(ValueError, match="the backbone is encoder-decoder, and text-generation pipelines are for decoder-only ones"):
         generation_pipeline(other, tokenizer)
+
+
+def test_a_command_whose_reader_has_enough_ends_without_a_word(tmp_path):
+    backbone = tiny_backbone("t5")
+    in_use(backbone, DESK)[0].save_pretrained(tmp_path)
+    write_purpose(tmp_path, Purpose.of(DESK, backbone, 64))
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "import sys; from ept.use.command_line import main; sys.exit(main())"
+    ended = subprocess.run([sys.executable, "-c", code, "info", str(tmp_path)], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")

@@ -7,6 +7,7 @@ __all__ = ['parser', 'main']
 
 # %% ../../nbs/use/69a_command_line.ipynb #69cmd003
 import argparse
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -152,11 +153,15 @@ def _own_arguments(train, evaluate, predict, compare, info, push):
 # %% ../../nbs/use/69a_command_line.ipynb #69cmd013
 def main(
     arguments: list[str] | None = None,  # None is what the terminal has given
-) -> int:  # 0, or 1 after an error, which is one sentence on standard error
+) -> int:  # 0, or 1 after an error, which is one sentence on standard error, or where nobody reads on
     "The command `ept`."
     args = parser().parse_args(arguments)
     try:
         getattr(import_module("ept.use.subcommands"), args.command)(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads this has enough, as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python, at its end, fails at what is left to write
+        return 1
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"ept: {error}", file=sys.stderr)
         return 1
