@@ -89,7 +89,6 @@ def publish_costs(
 AGAIN = "remove it and evaluate the run again (make reproduce), or take it from git again"
 
 
-
 def _answers(file, record):
     "Labels, predictions and groups from a file of predictions; nothing where there is no file. `ValueError` where they are not those of the record."
     if not file.exists():
