@@ -1,6 +1,7 @@
 """DVC's stages on the workers of Dask: the same locks and files as `dvc repro` makes, whatever is killed on the way."""
 
 import errno
+import io
 import itertools
 import json
 import multiprocessing.forkserver
@@ -22,10 +23,12 @@ import pytest
 from distributed import LocalCluster
 from dvc.lock import LockError
 from dvc.utils.serialize import dumps_yaml, parse_yaml
+from rich.console import Console
 
 from ept.workflow.clusters import BATCH, Cluster, DaskWorkers, LocalWorkers, Workers
 from ept.workflow.lock_files import cut_off, entries_of, keep_locks
 from ept.workflow.mending import at_work, mend_locks
+from ept.workflow.progress import Progress
 from ept.workflow.scheduling import ATTEMPTS, Coordinator, Schedule, Watch
 from ept.workflow.stages import Stages, keep_others_away, only_coordinator, with_entry
 from ept.workflow.workers import Job, Outcome, Setup, run_job
@@ -78,6 +81,22 @@ def test_only_what_has_changed_runs_again_and_what_turns_out_the_same_saves_the_
     assert list(summary.made) == ["a"] and "joined" in summary.unchanged
 
 
+@pytest.mark.parametrize("allow_missing", [False, True])
+def test_the_time_that_is_left_is_that_of_what_has_to_run(project, allow_missing):
+    project.reproduce()
+    text = (project.folder / "dvc.yaml").read_text()
+    (project.folder / "dvc.yaml").write_text(text.replace("echo a $(", "echo A $("))
+    seen = []
+
+    class Seen(Progress):
+        def began(self, stage, attempt):
+            seen.append(sorted(self.due))
+            super().began(stage, attempt)
+
+    project.reproduce(watch=Seen("letters", console=Console(file=io.StringIO())), allow_missing=allow_missing)
+    assert seen == [["a", "joined"], ["joined"]], "b, c and d stand, looked at or not"
+
+
 def test_what_is_only_missing_is_made_again_when_a_stage_that_has_to_run_reads_it(project):
     project.reproduce()
     for name in ("a.txt", "b.txt"):
@@ -99,7 +118,7 @@ def test_whatever_is_missing_and_whatever_differs_no_stage_runs_without_what_it_
             (project.folder / name).unlink(missing_ok=True) if name in gone else (project.folder / name).write_text(content)
         (project.folder / "dvc.yaml").write_text(text)
         stages = Stages(project.folder)
-        due = set(stages) - stages.spared()
+        due = set(stages.due(allow_missing=True))
         assert {stage for stage in stages if stages.changed(stage, allow_missing=True)} == ({other} - {None}), (gone, other)
         assert due == ({"joined", *({"a"} if other == "a" or "a.txt" in gone else ()), *({"b"} if "b.txt" in gone else ())} if other else set()), (gone, other)
     assert (project.folder / "dvc.lock").read_text() == lock
@@ -114,7 +133,7 @@ def test_a_missing_file_that_was_made_of_something_else_is_no_reason_to_stand(pr
     for letter in "bcd":
         assert project.reproduce(targets=(letter,)).complete
     stages = Stages(project.folder)
-    assert stages.changed("joined", allow_missing=True) and stages.spared() == {"b", "c", "d"}
+    assert stages.changed("joined", allow_missing=True) and stages.due(allow_missing=True) == ["a", "joined"]
     assert list(project.reproduce(allow_missing=True).made) == ["a", "joined"]
     assert (project.folder / "joined").read_text().splitlines()[0] == "a 2"
 

@@ -9,7 +9,7 @@ __all__ = ['duration', 'steps_of', 'Progress']
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import datetime
 from pathlib import Path
 
@@ -57,10 +57,10 @@ class Progress(Watch):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True, redirect_stdout=False, redirect_stderr=False)
 
-    def start(self, stages: Stages, setup: Setup) -> None:
-        "The stages that are asked for, and where their logs are."
+    def start(self, stages: Stages, setup: Setup, due: Collection[str]) -> None:
+        "The stages that are asked for, where their logs are, and which of them would run."
         self.setup, self.total, self.done, self.failures = setup, len(stages), 0, 0
-        self.due, self.worked, self.made = {stage: self.expect(stage) for stage in stages}, 0.0, {}  # expected seconds of what is left and of what was made; measured
+        self.due, self.worked, self.made = {stage: self.expect(stage) for stage in due}, 0.0, {}  # expected seconds of what is left and of what was made; measured
         self.running, self.begun, self.drawn = {}, None, 0.0  # stage -> (when it began, size of its log then)
         self.journal.parent.mkdir(parents=True, exist_ok=True)
         if self.console.is_terminal:
@@ -95,7 +95,7 @@ def ended(self: Progress, stage: str, seconds: float | None) -> None:
     "A stage is up to date."
     self.running.pop(stage, None)
     self.done += 1
-    expected = self.due.pop(stage)
+    expected = self.due.pop(stage, 0.0)
     if seconds is not None:
         self.made[stage] = seconds
         self.worked += expected

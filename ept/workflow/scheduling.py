@@ -10,7 +10,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -96,8 +96,8 @@ class Summary:
 class Watch:
     "Who wants to know what happens; this one does not care."
 
-    def start(self, stages: Stages, setup: Setup) -> None:
-        "The stages that are asked for, and where their logs are."
+    def start(self, stages: Stages, setup: Setup, due: Collection[str]) -> None:
+        "The stages that are asked for, where their logs are, and which of them would run."
 
     def opened(self, workers: Workers) -> None:
         "There are workers, since a stage has to run."
@@ -145,10 +145,10 @@ class Coordinator:
         stages: Stages,
         open_workers: Callable[[], Workers],  # asked once, when the first stage has to run
         watch: Watch,
-        allow_missing: bool = False,  # leave alone those that nothing but missing files speaks against, and whose files nobody needs
+        due: Collection[str] | None = None,  # stages that may have to run, the others stand; None: each is looked at in its turn
     ):
         self.stages, self.open_workers, self.watch, self.opened = stages, open_workers, watch, ExitStack()
-        self.schedule, self.summary, self.spared = Schedule(stages.needs), Summary(), stages.spared() if allow_missing else set()
+        self.schedule, self.summary, self.due = Schedule(stages.needs), Summary(), frozenset(stages if due is None else due)
         self.running: dict[str, Future] = {}
         self.attempts: dict[str, int] = {}
         self.ended: queue.Queue[tuple[str, Future]] = queue.Queue()  # a SimpleQueue may wait for ever when a signal comes
@@ -195,7 +195,7 @@ def step(self: Coordinator) -> bool:
 def begin(self: Coordinator, stage: str) -> None:
     "Look at a stage whose needs are up to date, and give it to the workers if it has changed."
     try:
-        changed = stage in self.attempts or self.stages.changed(stage, allow_missing=stage in self.spared)
+        changed = stage in self.attempts or (stage in self.due and self.stages.changed(stage))
         job = self.stages.begin(stage) if changed else None
     except LockError:  # another command of DVC has its files
         self.schedule.put_off(stage, PATIENCE)
@@ -282,5 +282,11 @@ def reproduce(
 ) -> Summary:
     "Bring DVC's stages up to date on the workers of a cluster; where nothing has to run, none is started."
     kind, watch = LocalWorkers if cluster.engine == "local" else DaskWorkers, watch or Watch()
-    watch.start(stages, setup)
-    return Coordinator(stages, lambda: kind(cluster, setup), watch, allow_missing).run()
+    try:
+        due = stages.due(allow_missing)
+    except (DvcException, OSError):
+        if allow_missing:
+            raise
+        due = list(stages)  # nobody can say beforehand, as when another command of DVC has its files
+    watch.start(stages, setup, due)
+    return Coordinator(stages, lambda: kind(cluster, setup), watch, due if allow_missing else None).run()

@@ -260,13 +260,16 @@ def _write(self: Stages, stage):
 
 # %% ../../nbs/workflow/71_stages.ipynb #71mis003
 @patch
-def spared(self: Stages) -> set[str]:  # addresses
-    "The stages that stand, though what they have made may be missing: neither they nor what they need differs, and no stage that has to run reads what is missing."
-    due = set()
+def due(
+    self: Stages,
+    allow_missing: bool = False,  # leave alone those that nothing but missing files speaks against, and whose files nobody needs
+) -> list[str]:  # addresses, in DVC's order
+    "The stages that would run; one that turns out as it was saves those that need it."
+    found = set()
     for name in self:
-        if self.needs[name] & due or self.changed(name, allow_missing=True):
-            due.add(name)
-    for name in reversed(self.stages):
-        if name in due:
-            due |= {other for other in self.needs[name] if any(map(_missing, self.stages[other].outs))}
-    return self.stages.keys() - due
+        if self.needs[name] & found or self.changed(name, allow_missing):
+            found.add(name)
+    for name in reversed(self.stages) if allow_missing else ():
+        if name in found:
+            found |= {other for other in self.needs[name] if any(map(_missing, self.stages[other].outs))}
+    return [name for name in self if name in found]

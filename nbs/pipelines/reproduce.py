@@ -130,21 +130,9 @@ def fetched(profile):
     return ("backbone", *(f"tasks/{task}/dvc.yaml:prepare" for task in profile.prepared))
 
 
-def due(stages, allow_missing):
-    "The stages that would run, as far as that can be said beforehand."
-    if allow_missing:
-        spared = stages.spared()
-        return [stage for stage in stages if stage not in spared]
-    found = {}
-    for stage in stages:
-        if stages.needs[stage] & found.keys() or stages.changed(stage):
-            found[stage] = None
-    return list(found)
-
-
 def show(stages, cluster, allow_missing):
     "Print what would run, and how, without running it."
-    names = due(stages, allow_missing)
+    names = stages.due(allow_missing)
     for name in names:
         print(name)
     print(f"{len(names)} of {len(stages)} stages would run; one that turns out as it was saves those that need it")
