@@ -17,6 +17,7 @@ import yaml
 import execute
 import layout
 import plan
+import reproduce
 from ept.data.synthetic import MAKERS, write_datasets
 from ept.data.tasks import TASKS
 from ept.grid.configuration import check, resolve
@@ -334,6 +335,15 @@ def test_the_search_depends_on_no_test_split(grid):
 def test_dvc_pull_has_only_data_and_backbone_to_bring(grid):
     for stage, body in grid.items():
         assert all(isinstance(out, dict) and next(iter(out.values()))["cache"] is False for out in body["outs"]), stage
+
+
+def test_what_was_not_timed_is_expected_to_take_what_its_method_takes(tmp_path):
+    runs = reproduce.Runs(load_profile("params.yaml"))
+    runs.folder = tmp_path
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "costs.csv").write_text("task,method,seed,size,train_seconds\nsst2,ept,0,,10\nsst2,pt,0,,30\ncola,ept,0,,\n")
+    stages = ("tasks/sst2/dvc.yaml:train@ept-0", "tasks/cola/dvc.yaml:train@ept-0", "tasks/cola/dvc.yaml:train@pt-0", "tasks/cola/dvc.yaml:train@dept-0", "report")
+    assert [runs.expected()(stage) - reproduce.AROUND for stage in stages] == [10, 10, 30, 20, 0]
 
 
 def test_no_result_depends_on_costs_notebooks_or_settings(grid):

@@ -13,7 +13,9 @@ import re
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -81,12 +83,20 @@ class Runs:
         return f"search {method}: {len(record['trials'])} trials, the best {record['trials'][record['best'] - 1]['score']:.1f} with {chosen}"
 
     def expected(self):
-        "Seconds that a stage will take: what this training took last time, or one like it."
-        file = self.folder / "results" / "costs.csv"
-        rows = list(csv.DictReader(file.read_text().splitlines())) if file.exists() else []
-        took = {"-".join(filter(None, (r["task"], r["method"], r["seed"], r["size"]))): float(r["train_seconds"] or 0) for r in rows}
-        usual = sum(took.values()) / len(took) if took else AROUND
-        return lambda stage: AROUND + (took.get(key, usual) if (key := self.key_of(stage, ("train", "sweep"))) else 0.0)
+        "Seconds that a stage will take: what this training took last time, or those of its method, or all, in the mean."
+        file, took, like = self.folder / "results" / "costs.csv", {}, defaultdict(list)  # seconds of a run; of those of a method, under None of all
+        for row in csv.DictReader(file.read_text().splitlines()) if file.exists() else ():
+            if row["train_seconds"]:  # blank where it was not timed
+                took["-".join(filter(None, (row["task"], row["method"], row["seed"], row["size"])))] = seconds = float(row["train_seconds"])
+                for name in (row["method"], None):
+                    like[name].append(seconds)
+
+        def seconds_of(stage):
+            if not (key := self.key_of(stage, ("train", "sweep"))):
+                return AROUND
+            return AROUND + (took.get(key) or mean(like[self.runs[key].method] or like[None] or [AROUND]))
+
+        return seconds_of
 
     def committed(self):
         "How many scores equal those of the last commit, and how many there are to compare with."
