@@ -296,6 +296,12 @@ def test_the_default_profile_has_the_values_that_were_searched():
             assert record["profile"] == "embedded-development" and profile.methods[method] == record["chosen"], method
 
 
+@pytest.mark.parametrize("name", ["embedded-development", "embedded-confirmation"])
+def test_source_prompts_have_the_rate_that_was_searched_for_pt(name):
+    profile = load_profile(f"profiles/{name}/params.yaml")
+    assert {"learning_rate": profile.sources["learning_rate"]} == json.loads(profile.choice_file("pt").read_text())["chosen"]
+
+
 def test_the_sizes_of_one_method_make_no_other_methods_search_stale():
     profile = load_profile("profiles/embedded-development/params.yaml")
     other = replace(profile, search=replace(profile.search, sizes={**profile.search.sizes, "dept": {"short_length": [20, 40]}}))
