@@ -1197,6 +1197,14 @@ def test_what_the_searches_chose_is_a_table():
     assert "Chosen on sst2 by 8 trials" in dict(protocol(table))["Rates and sizes"]
 
 
+def test_the_protocol_says_how_source_prompts_were_trained():
+    table = made_up(methods=("frozen", "pt", "ept"))
+    assert "Source prompts" not in dict(protocol(table))
+    grid = replace(table.profile.grid, transfer=("spot",), sources=("sst2", "mnli"))
+    table = ScoreTable(replace(table.profile, grid=grid, sources={"learning_rate": 0.05, "steps": 1000}), table.runs)
+    assert dict(protocol(table))["Source prompts"] == "spot start from prompts of sst2, mnli, trained by themselves on the same rows: learning_rate 0.05, steps 1000."
+
+
 # ---- seeds ----------------------------------------------------------------------------------------------------------------
 
 

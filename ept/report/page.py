@@ -279,6 +279,9 @@ def protocol(
     own = {f"{name}": values for group in (p.methods, p.tasks) for name, values in group.items() if values and name in (*table.methods, *table.tasks)}
     found = [("Runs", conditions(table)), ("Training", f"The same for every method and task unless named below: {shown(p.training)}.")]
     found += [("Exceptions", "; ".join(f"{name}: {shown(values)}" for name, values in own.items()) + ".")] if own else []
+    if p.grid.transfer:
+        text = f"{', '.join(p.grid.transfer)} start from prompts of {', '.join(p.grid.sources)}, trained by themselves on the same rows: {shown(p.sources)}."
+        found.append(("Source prompts", text))
     search, rates = table.search, "Used as the profile states them; it has no search of its own."
     if search and search.tasks:
         rates = f"Chosen on {', '.join(search.tasks)}{f' in profile {p.search.origin}' if p.search.origin else ''} by {counted(search.trials, 'trial')} for each method, "
