@@ -269,7 +269,7 @@ _TESTS = (
     "A tie is a difference whose paired interval holds zero, or that rests on fewer than six test examples answered differently."
 )
 
-
+# %% ../../nbs/report/64_page.ipynb #64prot01
 def protocol(
     table: ScoreTable,
 ) -> list[tuple[str, str]]:  # heading, text
